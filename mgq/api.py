@@ -15,6 +15,7 @@ from mgq.engine.classifier import evaluate as evaluation
 from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.labelled_sets import evaluation_data
 from mgq.engine.classifier.network_choice import choose_network
+from mgq.engine.classifier.network_options import RUNS, NetworkOptions, Usage
 from mgq.engine.classifier.run_lookup import find_newest_arch
 from mgq.errors import no_such
 from mgq.events import NO_CALLBACKS, Callbacks, OnProgress, log_progress
@@ -132,10 +133,10 @@ def evaluate(
     data: str | Path | None = None,
     arch: str | None = None,
     checkpoint: str | Path | None = None,
-    mode: Mode | str = Mode.QUANTIZED,
+    mode: Mode | str | None = None,
     limit: int | None = None,
     jobs: int = 1,
-    save: str | Path = "runs",
+    save: str | Path = RUNS,
     on_progress: OnProgress = log_progress,
     key: str | None = None,
     engine: str | None = None,
@@ -143,14 +144,15 @@ def evaluate(
     """Measure a network on labelled pictures, as ``mgq eval`` does: top-1 and top-5 in percent, loss in nats.
 
     ``data`` is a folder of class folders (or one with ``val/``), by default what the run was measured on; ``key``
-    chooses one of several networks in ``checkpoint``, which may be a deployed file, run in ``engine``. Raises
-    InputError where there are no weights or pictures, or their classes do not match.
+    chooses one of several networks in ``checkpoint``, which may be a deployed file, run in ``engine``. ``mode`` is
+    int8, or what a deployed file is in, unless it is given. Raises InputError where there are no weights or pictures,
+    or their classes do not match.
     """
-    wanted = mode if isinstance(mode, Mode) else parse_mode(mode)
+    wanted = parse_mode(mode) if mode is not None else None
     if arch is None and checkpoint is None:
-        arch = find_newest_arch(Path(save), wanted)
-    file = Path(checkpoint) if checkpoint else None
-    classifier = choose_network(arch, file, wanted, Path(save), key=key, engine=engine, kept=True)
+        arch = find_newest_arch(Path(save), wanted or Mode.QUANTIZED)
+    options = NetworkOptions(arch, Path(checkpoint) if checkpoint else None, key, Path(save), engine=engine)
+    classifier = choose_network(options, wanted, Usage(kept=True))
     root = Path(data) if data is not None else None
     images = evaluation_data(root, classifier.recipe, classifier.image_size, on_progress)
     if limit is not None:

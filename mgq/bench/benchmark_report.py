@@ -189,7 +189,8 @@ class Report:
         head = {
             "format": FORMAT,
             "settings": asdict(self.settings)
-            | {name: [str(path) for path in getattr(self.settings, name)] for name in ("against", "files")},
+            | {name: [str(path) for path in getattr(self.settings, name)] for name in ("against", "files")}
+            | {"save": str(self.settings.save)},
             "machine": asdict(self.machine),
             "versions": dict(self.versions),
             "picture": self.image,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -105,24 +105,42 @@ def start_file(engine: Backend, path: Path, settings: Settings, threads: int) ->
 
 @dataclass(frozen=True)
 class DeployedFile:
-    """A file that is measured for itself: what it computes with, and the pixels on a side that it takes."""
+    """A file that is measured for itself: what it computes with, the pixels on a side and the batch that it takes; 0
+    where it takes any."""
 
     path: Path
     precision: Precision
     image_size: int
+    batch: int = 0
 
 
 def read_deployed_file(path: Path) -> DeployedFile:
     """Raises InputError where no engine reads ``path``, or it is damaged."""
     suffix = path.suffix.lower()
     if suffix == SUFFIXES["onnx"]:
-        size = read_onnx(path).shape[2] or 0
-        return DeployedFile(path, precision_of(path), size)
+        batch, _, size, _ = read_onnx(path).shape
+        return DeployedFile(path, precision_of(path), size or 0, batch or 0)
     if suffix == SUFFIXES["native"]:
         from mgq.runtime.library import LibraryRuntime
 
         return DeployedFile(path, Precision.INT8, LibraryRuntime(path).takes[2] or 0)
     raise InputError(f"{printable(path)} cannot be measured for itself: give .onnx files and native libraries")
+
+
+def find_batch(paths: Sequence[Path], wanted: int | None) -> int:
+    """The batch by which the files at ``paths`` are measured: the one that they take, where they leave no other.
+
+    Raises InputError where that is not the ``wanted`` one, or they differ.
+    """
+    found = {file.batch: file.path for file in map(read_deployed_file, paths) if file.batch}
+    if wanted is not None:
+        found.pop(wanted, None)
+        for batch, path in found.items():
+            raise InputError(f"{printable(path)} takes batches of {batch}: leave --batch out, or `mgq dump --batch 0`")
+        return wanted
+    if len(found) > 1:
+        raise InputError(f"the files take batches of {' and '.join(map(str, sorted(found)))}: give them one by one")
+    return next(iter(found), 1)
 
 
 def file_cases(settings: Settings, machine: Machine) -> list[BenchmarkCase]:

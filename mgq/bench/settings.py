@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import InputError, plural, printable
 from mgq.machine import usable_cores
 from mgq.system.environment import free_memory
@@ -43,8 +44,9 @@ class Settings:
     """One benchmark: which rows, and how they are measured. Make it by :func:`make_settings`.
 
     ``yardstick``: float32 runs in the fastest engine alone, for the ratio. ``threads`` are numbers of threads, each a
-    set of rows. ``against`` are other ONNX files, ``files`` deployed ones in the place of networks. ``image_size`` is
-    in pixels on a side, ``seed`` is that of the shuffled order of turns.
+    set of rows. ``against`` are other ONNX files, ``files`` deployed ones in the place of networks. Weights come from
+    the runs under ``save``, where it has some. ``image_size`` is in pixels on a side, ``seed`` is that of the shuffled
+    order of turns.
     """
 
     networks: tuple[str, ...] = EXAMPLE_NETWORKS
@@ -57,6 +59,7 @@ class Settings:
     yardstick: bool = False
     against: tuple[Path, ...] = ()
     files: tuple[Path, ...] = ()
+    save: Path = RUNS
     seed: int = 0
 
     @property
@@ -75,6 +78,7 @@ def make_settings(
     load: str = Load.LATENCY.value,
     against: Sequence[Path] = (),
     files: Sequence[Path] = (),
+    save: Path = RUNS,
 ) -> Settings:
     """Checked settings; no ``networks`` means those of the public example, no ``precisions`` both, no ``threads`` one
     and all. With int8 alone, float32 runs as the yardstick.
@@ -111,6 +115,7 @@ def make_settings(
         yardstick=chosen == (Precision.INT8,),
         against=tuple(dict.fromkeys(against)),
         files=tuple(dict.fromkeys(files)),
+        save=save,
     )
 
 

@@ -17,7 +17,7 @@ from mgq.bench.settings import Precision, Settings
 from mgq.bench.worker_loaders import CheckpointLoader, FileLoader
 from mgq.bench.workers import SubprocessWorker
 from mgq.engine.classifier.dump import dump_classifier, source_of
-from mgq.engine.classifier.network_choice import RUNS
+from mgq.engine.classifier.network_options import RUNS
 from mgq.engine.classifier.open import Classifier, find_newest_run, make_random_classifier, open_classifier
 from mgq.engine.classifier.parity import compute_reference
 from mgq.errors import FailureError, InputError
@@ -51,7 +51,8 @@ class NetworkJob:
     @cached_property
     def classifier(self) -> Classifier:
         return replace(
-            open_for_benchmark(self.network, self.precision, self.target), image_size=self.settings.image_size
+            open_for_benchmark(self.network, self.precision, self.target, self.settings.save),
+            image_size=self.settings.image_size,
         )
 
     @property
@@ -187,28 +188,28 @@ class BenchmarkSuite:
         return found
 
 
-def open_for_benchmark(network: str, precision: Precision, target: Target) -> Classifier:
-    """``network`` with weights of this machine, else with random ones.
+def open_for_benchmark(network: str, precision: Precision, target: Target, save: Path = RUNS) -> Classifier:
+    """``network`` with weights of a run under ``save``, or other ones of this machine, else with random ones.
 
     An int8 network that MegEngine can run serves the target onnx with its own scales, too. It comes in mode
     ``quantized`` for MegEngine, and as the simulation of what engines run, ``qat``, for the target onnx.
     """
     mode = Mode.NORMAL if precision is Precision.FP32 else Mode.QUANTIZED if target is MEGENGINE else Mode.QAT
     random = partial(make_random_classifier, network, mode, target=target)
-    if not has_weights(spec_of(network), mode):
+    if not has_weights(spec_of(network), mode, save):
         return random()
     wanted = [None] if mode is Mode.NORMAL else [MEGENGINE.name] if target is MEGENGINE else [ONNX.name, None]
     problem: InputError | None = None
     for name in wanted:
         try:
-            return open_classifier(network, mode=mode, save=RUNS, target=name)
+            return open_classifier(network, mode=mode, save=save, target=name)
         except InputError as error:
             problem = problem or error
     found = random()
     return replace(found, origin=f"{found.origin}; not used: {problem}")
 
 
-def has_weights(spec: ModelSpec, mode: Mode) -> bool:
-    """Whether there are weights for ``mode`` on this machine, without a download."""
+def has_weights(spec: ModelSpec, mode: Mode, save: Path) -> bool:
+    """Whether there are weights for ``mode`` on this machine, or in a run under ``save``, without a download."""
     packaged = spec.packaged is not None and spec.packaged.path() is not None
-    return packaged or find_newest_run(spec, mode, RUNS) is not None or is_cached(spec, mode.value)
+    return packaged or find_newest_run(spec, mode, save) is not None or is_cached(spec, mode.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mgq.errors import InputError, MgqError, printable
+from mgq.errors import InputError, MgqError, no_such_path, printable
 
 PROGRAM = Path(__file__).with_name("torch_steps.py")
 PROBE = "import torch; print(torch.__version__)"
@@ -30,8 +31,13 @@ def torch_python(given: Path | None) -> str:
         probe = subprocess.run(
             [given, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_PATIENCE_S, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"--torch-python {printable(given)} does not run: {error}") from None
+    except FileNotFoundError:
+        raise no_such_path(f"--torch-python {given}") from None
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else printable(error)
+        raise InputError(f"--torch-python {printable(given)} does not run ({why}): name a Python") from None
+    except subprocess.TimeoutExpired:
+        raise InputError(f"--torch-python {printable(given)} says nothing: name a Python that has PyTorch") from None
     if probe.returncode:
         raise InputError(f"--torch-python {printable(given)} has no PyTorch: install it there (pip install torch)")
     return str(given)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgq.cli.import_options import ImportOptions
+from mgq.cli.option_needs import OF_IMPORT, OF_SEVERAL_NETWORKS, OF_ZOO, Need, need_run
 from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     AsJson,
     CheckpointFile,
@@ -24,6 +24,7 @@ from mgq.cli.shared_options import (
     TargetName,
     prepare_megengine,
 )
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import plural, printable
 
 if TYPE_CHECKING:
@@ -67,14 +68,20 @@ class AnalyzeCommand(ImportOptions):
     pretrained: Pretrained = None
     as_json: AsJson = False
 
+    needs = (
+        OF_SEVERAL_NETWORKS,
+        OF_IMPORT,
+        OF_ZOO,
+        need_run(lambda command: ["qat"]),
+        Need(("data",), lambda command: not command.files, "is a folder, and pictures were named: give one of them"),
+        Need(("worst",), lambda command: not command.as_json, "is for the table: leave it out with --json"),
+    )
+
     def execute(self) -> None:
         """Analyze, write the page, and print the table or the JSON."""
         from mgq.cli.console import note, progress
         from mgq.data.image_sources import expand, refuse_hopeless
-        from mgq.errors import InputError
 
-        if self.files and self.data is not None:
-            raise InputError("pictures were named, and a folder by -d: give one of them")
         refuse_hopeless(expand(self.files or [], note))
         checkpoint = prepare_megengine(
             self.checkpoint, deployed=False, key=self.key, save=self.save, wish=self.import_wish(), int8=True

@@ -13,8 +13,10 @@ import typer
 
 from mgq.cli.help_layout import OWN
 from mgq.cli.import_options import ImportOptions
+from mgq.cli.option_needs import OF_IMPORT, OF_RUNS, OF_SEVERAL_NETWORKS, Need
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
-from mgq.cli.shared_options import RUNS, CheckpointFile, KeyName, Save, prepare_megengine, refuse_wish
+from mgq.cli.shared_options import CheckpointFile, KeyName, Save, prepare_megengine
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import FailureError, InputError
 from mgq.io.temporary_folders import temporary_folder
 
@@ -123,31 +125,70 @@ class BenchCommand(ImportOptions):
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw a bar chart: FILE.png or FILE.svg.")
     ] = None
 
+    needs = (
+        OF_SEVERAL_NETWORKS,
+        OF_IMPORT,
+        Need(
+            ("files", "int8", "fp32", "load", "plot", "checkpoint", "save"),
+            lambda command: not command.training,
+            "is for inference, and --train measures training steps: leave out one of them",
+        ),
+        Need(("torch_python", "stock"), lambda command: command.training, "belongs to --train: give that, too"),
+        Need(("fp32",), lambda command: not command.int8, "and --int8 exclude each other: leave both out for both"),
+        Need(
+            ("as_markdown",),
+            lambda command: command.json_file != STDOUT,
+            "wants standard output: give --json a file",
+        ),
+        Need(
+            ("int8", "fp32", "against"),
+            lambda command: not command.is_alone(),
+            "is for networks of the zoo: files, -c and FILE.py:FUNCTION are measured for themselves, so leave it out",
+        ),
+        Need(("arch", "save"), lambda command: command.opens_network(), "is for networks, not for files: leave it out"),
+        Need(("image_size",), lambda command: command.has_open_size(), "is in the files already: leave it out"),
+        Need(
+            ("batch",),
+            lambda command: not (command.is_alone() and command.opens_network()),
+            "is 1 where the files are written for the benchmark: leave it out, or give files of `mgq dump --batch`",
+        ),
+        OF_RUNS,
+        Need(("save",), lambda command: not command.describe_lack(), lambda command: command.describe_lack()),
+    )
+
+    def is_alone(self) -> bool:
+        """Whether a network or files of the user's own are measured, not networks of the zoo."""
+        return not self.training and (bool(self.files) or self.checkpoint is not None or is_own(self.arch or []))
+
+    def opens_network(self) -> bool:
+        """Whether there is more to measure than files that are there already."""
+        return not self.files or self.checkpoint is not None or is_own(self.arch or [])
+
+    def has_open_size(self) -> bool:
+        """Whether anything that is measured takes pictures of more than one size."""
+        from mgq.bench.file_cases import read_deployed_file
+
+        return not self.is_alone() or not all(read_deployed_file(path).image_size for path in self.files or [])
+
+    def describe_lack(self) -> str:
+        """Why the folder of the runs has none of the networks, as the end of a sentence; empty where it has."""
+        from mgq.bench.settings import EXAMPLE_NETWORKS
+        from mgq.engine.classifier.run_lookup import describe_lack
+        from mgq.quantization.option_names import Mode
+
+        if self.is_alone():
+            return ""
+        lacks = [
+            describe_lack(name, (Mode.QUANTIZED, Mode.NORMAL), self.save) for name in self.arch or EXAMPLE_NETWORKS
+        ]
+        return lacks[0] if all(lacks) else ""
+
     def execute(self) -> None:
         """Measure, and write and print the report. The exit code is 1 where nothing could be measured."""
-        if self.int8 and self.fp32:
-            raise InputError("--int8 and --fp32 exclude each other: leave both out to measure both")
-        if self.as_markdown and self.json_file == STDOUT:
-            raise InputError("--markdown and --json - both want standard output: give --json a file")
-        wish = self.import_wish()
-        if self.checkpoint is None:
-            refuse_wish(wish)
-            if self.key is not None:
-                raise InputError("--key names a network of the file of -c: give that, too, or leave --key out")
         if self.training:
-            self.refuse_inference_options()
             bench_training(self.training_settings, self.json_file, self.as_markdown)
-            return
-        if self.torch_python is not None or not self.stock:
-            raise InputError("--torch-python and --no-stock belong to --train")
-        self.show(self.measure(wish))
-
-    def refuse_inference_options(self) -> None:
-        """Raise InputError for options that ``--train`` does not know."""
-        if self.files or self.int8 or self.fp32 or self.plot is not None or self.load != "latency":
-            raise InputError("--train measures float and qat: leave out files, --int8, --fp32, --mode and --plot")
-        if self.checkpoint is not None:
-            raise InputError("--train measures networks with random weights: leave out -c")
+        else:
+            self.show(self.measure(self.import_wish()))
 
     def training_settings(self) -> TrainingSettings:
         """What ``--train`` measures. It needs MegEngine."""
@@ -166,16 +207,27 @@ class BenchCommand(ImportOptions):
 
     def measure(self, wish: ImportWish) -> Report:
         """The report on inference; a network of the user's own is written to files first."""
+        from mgq.bench.plot import check_plot_path, write_plot
+        from mgq.io.atomic import atomic_output
+
         arch, files = self.arch or [], self.files or []
         with contextlib.ExitStack() as stack:
+            is_written = self.json_file not in (None, STDOUT)
+            json_file = stack.enter_context(atomic_output(Path(str(self.json_file)))) if is_written else None
+            image = stack.enter_context(atomic_output(check_plot_path(self.plot))) if self.plot is not None else None
             if self.checkpoint is not None or is_own(arch):
                 folder = stack.enter_context(temporary_folder())
                 arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish, self.key)]
-            json_file = None if self.json_file in (None, STDOUT) else Path(str(self.json_file))
-            return run_benchmark(self.settings(arch, files), json_file, self.plot)
+            report = run_benchmark(self.settings(arch, files))
+            if json_file is not None:
+                json_file.write_text(report.to_json(), encoding="utf-8")
+            if image is not None and self.plot is not None:
+                write_plot(report, image, self.plot.suffix)
+        return report
 
     def settings(self, arch: list[str], files: list[Path]) -> Settings:
         """What is measured: networks of the zoo, or ``files``."""
+        from mgq.bench.file_cases import find_batch
         from mgq.bench.settings import ROUNDS, Precision, make_settings
 
         return make_settings(
@@ -183,11 +235,12 @@ class BenchCommand(ImportOptions):
             precisions=[Precision.INT8] if self.int8 else [Precision.FP32] if self.fp32 else [],
             threads=self.threads or [],
             rounds=ROUNDS if self.rounds is None else self.rounds,
-            batch=1 if self.batch is None else self.batch,
+            batch=find_batch(files, self.batch),
             image_size=224 if self.image_size is None else self.image_size,
             load=self.load,
             against=self.against or [],
             files=files,
+            save=self.save,
         )
 
     def show(self, report: Report) -> None:
@@ -256,7 +309,7 @@ def files_of(
 def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str | None, as_markdown: bool) -> None:
     """``mgq bench --train``. ``settings_of`` needs MegEngine."""
     from mgq.cli.console import out, progress
-    from mgq.io.atomic import atomic_write
+    from mgq.io.atomic import atomic_output
     from mgq.system.megengine_start import import_megengine
 
     import_megengine()
@@ -264,7 +317,7 @@ def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str |
 
     settings = settings_of()
     with contextlib.ExitStack() as stack:
-        file = None if json_file in (None, STDOUT) else stack.enter_context(atomic_write(Path(str(json_file))))
+        file = None if json_file in (None, STDOUT) else stack.enter_context(atomic_output(Path(str(json_file))))
         with progress() as on_progress:
             report = training_benchmark(settings, on_progress=on_progress)
         if file is not None:
@@ -296,36 +349,23 @@ def show_training(report: TrainingReport, console: Console) -> None:
         console.print(Text(f"! {remark}", style="yellow"))
 
 
-def run_benchmark(settings: Settings, json_file: Path | None, plot: Path | None) -> Report:
-    """Run the benchmark; write the report to ``json_file`` and draw it to ``plot`` if given.
-
-    Raises InputError before the first measurement where these cannot be written, or a file cannot be read.
-    """
+def run_benchmark(settings: Settings) -> Report:
+    """Run the benchmark. Raises InputError before the first measurement where a file cannot be read."""
     from mgq.bench.file_cases import read_deployed_file
-    from mgq.bench.plot import check_plot_path, write_plot
     from mgq.cli.console import progress
     from mgq.export.onnx.onnx_file import read_onnx
-    from mgq.io.atomic import atomic_write
     from mgq.system.megengine_start import import_megengine
 
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(atomic_write(json_file)) if json_file is not None else None
-        image = stack.enter_context(atomic_write(check_plot_path(plot))) if plot is not None else None
-        for path in settings.against:
-            read_onnx(path)
-        for path in settings.files:
-            read_deployed_file(path)
-        if not settings.files:
-            import_megengine()
-        from mgq.bench.benchmark import benchmark
+    for path in settings.against:
+        read_onnx(path)
+    for path in settings.files:
+        read_deployed_file(path)
+    if not settings.files:
+        import_megengine()
+    from mgq.bench.benchmark import benchmark
 
-        with progress() as on_progress:
-            report = benchmark(settings, on_progress)
-        if temporary is not None:
-            temporary.write_text(report.to_json(), encoding="utf-8")
-        if image is not None and plot is not None:
-            write_plot(report, image, plot.suffix)
-    return report
+    with progress() as on_progress:
+        return benchmark(settings, on_progress)
 
 
 def show(report: Report, console: Console) -> None:

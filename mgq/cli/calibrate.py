@@ -12,9 +12,9 @@ import typer
 
 from mgq.cli.help_layout import OUTPUT
 from mgq.cli.import_options import ImportOptions, KeepInput
+from mgq.cli.option_needs import OF_IMPORT, OF_SEVERAL_NETWORKS, OF_ZOO, Need
 from mgq.cli.option_types import AT_LEAST_ZERO, COUNT, METHOD, QUALITY
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     AsJson,
     CheckpointFile,
@@ -29,6 +29,7 @@ from mgq.cli.shared_options import (
     Workers,
     prepare_megengine,
 )
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import plural
 from mgq.machine import keep_freed_memory
 
@@ -128,6 +129,22 @@ class CalibrateCommand(ImportOptions):
     image_size: ImageSize = None
     keep_input: KeepInput = False
     as_json: AsJson = False
+
+    needs = (
+        OF_SEVERAL_NETWORKS,
+        OF_IMPORT,
+        OF_ZOO,
+        Need(
+            ("files", "images", "quality", "method", "correct_bias", "nearest", "ranges_file", "about", "max_drop"),
+            lambda command: not command.data_free,
+            "is for calibration on pictures, and --data-free takes none: leave out one of them",
+        ),
+        Need(
+            ("max_drop",),
+            lambda command: command.ranges_file is None,
+            "mixes precisions, and --ranges knows one: leave out one of them",
+        ),
+    )
 
     def execute(self) -> None:
         """Calibrate, and print what came of it."""

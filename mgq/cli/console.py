@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mgq.cli.amounts import format_amount
+from mgq.cli.widths import measure_unfolded
 from mgq.errors import printable
 from mgq.events import OnProgress, Progress
+from mgq.system.end_signals import END_REQUEST
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -81,7 +83,6 @@ def say_on(name: str, text: str, style: str | None = None) -> None:
 
 NARROWEST = 12
 """A column whose text may be folded is made no narrower, in characters."""
-_ENDLESS = 1_000_000
 
 
 def show_table(table: Table, to: Console | None = None) -> None:
@@ -89,12 +90,9 @@ def show_table(table: Table, to: Console | None = None) -> None:
     of their own. So no column is lost at any width. A later column without a heading, if there are some, is decoration.
     The title, which rich would break where the table ends, is a line of its own: in a pipe it stays whole.
     """
-    from rich.measure import Measurement
-
     to = to or console("out")
-
     widths = [measure_width(column, table.show_header) for column in table.columns]
-    whole = Measurement.get(to, to.options.update(width=_ENDLESS), table).maximum
+    whole = measure_unfolded(table, to)
     lines = whole - sum(max(width, c.min_width or 0) for width, c in zip(widths, table.columns, strict=True))
     for column, width in zip(table.columns, widths, strict=True):
         if column.no_wrap:
@@ -166,12 +164,22 @@ def progress(every: int | None = None) -> Iterator[OnProgress]:
     With ``every``, steps that have a detail get a line at each ``every``-th of them, on a terminal too.
     """
     if every is not None or is_pipe("err") or not console("err").is_terminal:
-        yield plain_lines(every)
+        yield obey_signals(plain_lines(every))
         return
     from mgq.cli.progress_bars import bars
 
     with bars(console("err")) as listener:
-        yield listener
+        yield obey_signals(listener)
+
+
+def obey_signals(listener: OnProgress) -> OnProgress:
+    """``listener``, which ends the work where a signal wanted that and was lost."""
+
+    def listen(event: Progress) -> None:
+        END_REQUEST.obey()
+        listener(event)
+
+    return listen
 
 
 def plain_lines(every: int | None = None) -> OnProgress:

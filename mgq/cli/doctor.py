@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mgq.cli.shared_options import RUNS, AsJson, Save
+from mgq.cli.shared_options import AsJson, Save
+from mgq.engine.classifier.network_options import RUNS
 
 if TYPE_CHECKING:
     from mgq.bench.doctor import Diagnosis

@@ -12,14 +12,18 @@ import typer
 
 from mgq.cli.import_options import KeepInput
 from mgq.cli.network_command import NetworkCommand
+from mgq.cli.option_needs import Need, need_run, reads_import, refuse_idle_options
 from mgq.cli.option_types import BATCH, CPU, FORM, FORMAT, INPUT, NameOption
 from mgq.cli.shared_options import (
     ModeName,
     open_network,
     prepare_megengine,
+    with_newest_run,
 )
-from mgq.errors import InputError, format_size, plural
+from mgq.errors import format_size, plural
+from mgq.export.formats import find_format, refuse_format, refuse_words_of_other_formats
 from mgq.io.temporary_folders import temporary_folder
+from mgq.quantization.option_names import parse_mode
 
 CHECKS = ("logits", "layers", "none")
 COMPARED = 32
@@ -101,16 +105,57 @@ class DumpCommand(NetworkCommand):
     ] = False
     keep_input: KeepInput = False
 
+    needs = (
+        need_run(lambda command: [command.mode]),
+        Need(
+            ("check", "data"),
+            lambda command: command.kind in (None, "onnx"),
+            "is for comparing an .onnx file with MegEngine: pass --format onnx, or leave it out",
+        ),
+        Need(
+            ("tune",),
+            lambda command: command.kind in (None, "onnx"),
+            "is for .onnx files: pass --format onnx, or leave it out",
+        ),
+        Need(("batch",), lambda command: command.kind != "native", "is free in a native library: leave it out"),
+        Need(
+            ("data",),
+            lambda command: command.check != "none",
+            "is for comparing, and --check none does not: leave out one of them",
+        ),
+        Need(
+            ("check",),
+            lambda command: command.check != "layers" or command.mode != "normal",
+            "layers compares integers, and -m normal has none: leave out one of them",
+        ),
+        Need(
+            ("engine",),
+            lambda command: command.mode != "normal" or command.engine == "any",
+            "chooses where int8 is rounded, and -m normal is float: leave out one of them",
+        ),
+        Need(
+            ("keep_input",),
+            lambda command: command.mode != "normal",
+            "is for int8: the float file with its input is the one that was imported",
+        ),
+        Need(
+            ("batch",),
+            lambda command: not command.keep_input,
+            "is open, and --keep-input keeps that of the imported file: leave out one of them",
+        ),
+    )
+
     def execute(self) -> None:
         """Write the file, compare it with MegEngine, and say what was found: of the file as it is in the end."""
         from mgq.cli.console import out, progress
 
+        self.refuse_contradictions()
         wish = self.import_wish()
         int8 = self.mode != "normal"
         checkpoint = prepare_megengine(self.checkpoint, False, self.key, self.save, wish, int8)
         with progress() as on_progress:
             classifier = self.open(checkpoint, on_progress)
-        wanted = self.make_file_options()
+        wanted = self.settle(classifier)
         compared = self.check != "none"
         images = find_images(classifier, self.data) if self.data is not None and compared else None
         dumped = write_file(classifier, wanted, out)
@@ -124,6 +169,32 @@ class DumpCommand(NetworkCommand):
             show_float_size(classifier, dumped, wanted, out)
         if timed is not None:
             show_speed(timed, wanted)
+
+    def refuse_contradictions(self) -> None:
+        """Raise InputError for options that contradict each other, as far as the format can be told from them."""
+        from mgq.quantization.option_names import MEGENGINE
+
+        by_target = None if self.target is None else "megengine" if self.target == MEGENGINE else "onnx"
+        kind = find_format(self.output, self.kind) or by_target
+        if kind is not None:
+            refuse_format(kind, parse_mode(self.mode), self.target, reads_import(self))
+            self.refuse_words(kind)
+
+    def refuse_words(self, kind: str) -> None:
+        """Raise InputError for options that a file of the format ``kind`` has no use for."""
+        refuse_idle_options(replace(self, kind=kind))
+        refuse_words_of_other_formats(kind, self.input_type, self.batch or None, self.cpu, self.engine, self.keep_input)
+
+    def settle(self, classifier: Classifier) -> FileOptions:
+        """What the file is to be, where the network is known. Raises InputError where it cannot be that."""
+        from mgq.engine.classifier.dump import format_for
+        from mgq.engine.classifier.onnx_import import find_float_input
+
+        wanted = self.make_file_options()._replace(kind=format_for(classifier, self.output, self.kind))
+        self.refuse_words(str(wanted.kind))
+        if self.keep_input:
+            find_float_input(classifier)
+        return wanted
 
     def make_file_options(self) -> FileOptions:
         """What the file is to be."""
@@ -142,7 +213,7 @@ class DumpCommand(NetworkCommand):
         """Open the network to write; ``checkpoint`` is the file that ``-c`` stands for, after an import."""
         from mgq.engine.classifier.dump import open_for_target
 
-        options = self.network_options(checkpoint).with_newest_run(self.mode)
+        options = with_newest_run(self.network_options(checkpoint), self.mode)
 
         def open_for(target: str | None) -> Classifier:
             return open_network(replace(options, target=target), self.mode, on_progress)
@@ -172,8 +243,6 @@ def write_file(classifier: Classifier, wanted: FileOptions, to: Console) -> Dump
     path = wanted.output or Path(f"{classifier.spec.name}.{classifier.mode.value}{SUFFIXES[kind]}")
     rewrites: Sequence[str] = ()
     if wanted.tune:
-        if kind != "onnx":
-            raise InputError("--tune rewrites .onnx files: pass --format onnx, or leave it out")
         rewrites = choose_rewrites(classifier, wanted.batch or 1, to)
     return dump_classifier(
         classifier,

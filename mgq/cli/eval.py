@@ -13,20 +13,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mgq.cli.network_command import NetworkCommand
+from mgq.cli.option_needs import need_run
 from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
 from mgq.cli.shared_options import (
+    MODE_HELP,
     AsJson,
     EngineName,
     Jobs,
     LabelledData,
     Limit,
     MaxBad,
-    NetworkOptions,
     ReportFreq,
     Workers,
     open_network,
     take_checkpoint,
+    with_newest_run,
 )
+from mgq.engine.classifier.network_options import NetworkOptions, Usage
 from mgq.errors import InputError, plural, printable
 from mgq.export.formats import format_of
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
 BATCH = 8
 CONFUSED = 5
+KEPT = Usage(kept=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class EvalCommand(NetworkCommand):
             "-m",
             "--mode",
             click_type=MODE,
-            help="normal (float32), qat (fake-quantized) or quantized (int8).",
+            help=MODE_HELP,
             show_default="quantized where the weights can serve it, else normal",
         ),
     ] = None
@@ -96,6 +100,8 @@ class EvalCommand(NetworkCommand):
             help="Accepted for compatibility; one device is used. See --jobs.",
         ),
     ] = 1
+
+    needs = (need_run(lambda command: [command.mode] if command.mode else ["quantized", "normal"]),)
 
     def execute(self) -> None:
         """Measure, then print the tables or the JSON."""
@@ -135,9 +141,9 @@ class EvalCommand(NetworkCommand):
     def open(self, checkpoint: Path | None, on_progress: OnProgress) -> Classifier:
         """Open the network that the options choose; ``checkpoint`` is the file that ``-c`` stands for, after an
         import."""
-        options = self.network_options(checkpoint, self.engine).with_newest_run(self.mode)
+        options = with_newest_run(self.network_options(checkpoint, self.engine), self.mode)
         if self.mode:
-            return open_network(options, self.mode, on_progress, kept=True)
+            return open_network(options, self.mode, on_progress, KEPT)
         return open_int8_or_float(options, on_progress)
 
     def measure(self, classifier: Classifier, dataset: Dataset, on_progress: OnProgress) -> Evaluation:
@@ -200,7 +206,7 @@ def open_int8_or_float(options: NetworkOptions, on_progress: OnProgress) -> Clas
         note("the newest run is float: measured in mode normal; `mgq qat` or `mgq calibrate` makes int8 of it")
         return open_network(options, "normal", on_progress)
     try:
-        return open_network(options, "quantized", on_progress, kept=True)
+        return open_network(options, None, on_progress, KEPT)
     except InputError as error:
         if options.ranges is not None:
             raise

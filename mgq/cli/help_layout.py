@@ -9,6 +9,8 @@ from typing import Any
 import click
 import typer.core
 
+from mgq.cli.option_needs import refuse_idle_options
+
 MOST_IN_ONE_LIST = 10
 WIDEST = 24
 """Columns for the flags, before their texts; longer ones have a line of their own."""
@@ -44,7 +46,10 @@ class Verb(typer.core.TyperCommand):
     def invoke(self, ctx: click.Context) -> Any:
         with interrupts_told():
             made = super().invoke(ctx)
-            return made.execute() if hasattr(made, "execute") else made
+            if not hasattr(made, "execute"):
+                return made
+            refuse_idle_options(made)
+            return made.execute()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         with interrupts_told():

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.network_command import NetworkCommand
-from mgq.cli.option_types import COUNT
+from mgq.cli.option_needs import need_run
+from mgq.cli.option_types import COUNT, MODE
 from mgq.cli.shared_options import (
+    MODE_HELP,
     AsJson,
     EngineName,
-    ModeName,
     open_network,
     take_checkpoint,
 )
+from mgq.engine.classifier.network_options import Usage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +52,16 @@ class InferCommand(NetworkCommand):
 
     files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None
     image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None
-    mode: ModeName = "quantized"
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "-m",
+            "--mode",
+            click_type=MODE,
+            help=MODE_HELP,
+            show_default="quantized; of a deployed file its own",
+        ),
+    ] = None
     topk: Annotated[
         int | None,
         typer.Option(
@@ -63,6 +74,8 @@ class InferCommand(NetworkCommand):
     ] = False
     as_json: AsJson = False
     engine: EngineName = None
+
+    needs = (need_run(lambda command: [command.mode or "quantized"], takes_newest=False),)
 
     def execute(self) -> None:
         """Print the answers; with ``--dump`` write the network, too. The exit code is 2 where an image has none."""
@@ -85,10 +98,8 @@ class InferCommand(NetworkCommand):
         with progress() as on_progress:
             from mgq.engine.classifier.predict import FEW, predict
 
-            few = len(sources) <= FEW
-            classifier = open_network(
-                self.network_options(checkpoint, self.engine), self.mode, on_progress, few, kept=not self.write
-            )
+            usage = Usage(few=len(sources) <= FEW, kept=not self.write)
+            classifier = open_network(self.network_options(checkpoint, self.engine), self.mode, on_progress, usage)
             answers = predict(classifier, there, self.topk)
             found = start_predictions(report_progress(answers, len(there), on_progress))
             failed = absent + (show_json(classifier, found) if self.as_json else show_tables(classifier, found))

@@ -8,11 +8,10 @@ import errno
 import importlib
 import io
 import os
-import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, N
 from mgq.cli.help_layout import Verb
 from mgq.errors import MgqError, nearest, printable
 from mgq.machine import DEBUG_VARIABLE, hush_decoders, is_debugging, package_version, set_library_defaults
-from mgq.system.end_signals import end_signals
+from mgq.system.end_signals import END_REQUEST
 from mgq.system.mpi_world import World, find_world
 
 INTERRUPTED = 130
@@ -43,7 +42,7 @@ VERBS = {
     "bench": "bench:BenchCommand",
     "report": "report:ReportCommand",
     "serve": "serve:ServeCommand",
-    "models": "models:models",
+    "models": "models:ModelsCommand",
     "doctor": "doctor:doctor",
 }
 """Verb -> its module in this package, and a class or function in it."""
@@ -100,7 +99,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a sign that the locale does not have is no failure
             stream.reconfigure(errors="replace")
     world = find_world()
-    with ends_as_interrupts():
+    with END_REQUEST.watch():  # what is half written is taken away
         code = run_alone() if world is None else run_among(world, find_verbs(sys.argv[1:]))
     sys.exit(code)
 
@@ -110,23 +109,6 @@ def open_what_is_closed() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (for the whole run)
-
-
-@contextlib.contextmanager
-def ends_as_interrupts() -> Iterator[None]:
-    """SIGTERM, and a terminal that is closed, end a command as Ctrl-C does: what is half written is taken away.
-
-    Afterwards they do again what they did before: a program that calls :func:`run` can be ended.
-    """
-    is_main = threading.current_thread() is threading.main_thread()
-    ours = [number for number in end_signals() if is_main and signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def run_and_leave() -> None:
@@ -212,6 +194,8 @@ def run_verb() -> Any:
 
 def is_interrupt(error: BaseException | None) -> bool:
     """Whether Ctrl-C is behind ``error``: of one that comes while a library is loaded, that makes an ImportError."""
+    if END_REQUEST.is_made:
+        return True
     while error is not None:
         if isinstance(error, KeyboardInterrupt) or str(error).startswith(KeyboardInterrupt.__name__):
             return True

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mgq.cli.shared_options import RUNS, AsJson, Save
+from mgq.cli.option_needs import OF_RUNS
+from mgq.cli.shared_options import AsJson, Save
+from mgq.engine.classifier.network_options import RUNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from mgq.zoo.registry import ModelSpec
 
 
-def models(as_json: AsJson = False, save: Save = RUNS) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ModelsCommand:
     """List the zoo: size, cost, accuracy, weights.
 
     Parameters, multiply-accumulates at 224x224, and the weights: their ImageNet top-1 as their publishers state it, and
@@ -27,13 +30,21 @@ def models(as_json: AsJson = False, save: Save = RUNS) -> None:
       mgq models
       mgq models --json
     """
-    from mgq.zoo.registry import specs
 
-    entries = [entry_of(spec, save) for spec in specs().values()]
-    if as_json:
-        print(json.dumps(entries, indent=1))
-    else:
-        show(entries)
+    as_json: AsJson = False
+    save: Save = RUNS
+
+    needs = (OF_RUNS,)
+
+    def execute(self) -> None:
+        """Print the table, or the JSON."""
+        from mgq.zoo.registry import specs
+
+        entries = [entry_of(spec, self.save) for spec in specs().values()]
+        if self.as_json:
+            print(json.dumps(entries, indent=1))
+        else:
+            show(entries)
 
 
 def entry_of(spec: ModelSpec, save: Path) -> dict[str, Any]:

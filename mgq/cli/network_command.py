@@ -2,21 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mgq.cli.import_options import ImportOptions
+from mgq.cli.option_needs import OF_IMPORT, OF_INT8, OF_SEVERAL_NETWORKS, OF_ZOO, Need
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     CheckpointFile,
     ImageSize,
     KeyName,
-    NetworkOptions,
     Pretrained,
     Ranges,
     Save,
     TargetName,
     Width,
 )
+from mgq.engine.classifier.network_options import RUNS, NetworkOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class NetworkCommand(ImportOptions):
     image_size: ImageSize = None
     width: Width = None
     save: Save = RUNS
+
+    needs: ClassVar[tuple[Need, ...]] = (OF_SEVERAL_NETWORKS, OF_IMPORT, OF_INT8, OF_ZOO)
 
     def network_options(self, checkpoint: Path | None, engine: str | None = None) -> NetworkOptions:
         """The options as one value; ``checkpoint`` is the file that ``-c`` stands for, after an import."""

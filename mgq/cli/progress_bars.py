@@ -10,20 +10,19 @@ from rich.constrain import Constrain
 from rich.control import Control
 from rich.filesize import decimal
 from rich.live_render import LiveRender
-from rich.measure import Measurement
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.segment import Segment
 from rich.text import Text
 
 from mgq.cli.amounts import format_amount
+from mgq.cli.widths import measure_unfolded
 from mgq.events import OnProgress, Progress
 
 BAR = 24
 SHORTEST_BAR = 4
 MARGIN = 2
 """Characters at the end of each line that stay free: the terminal writes ^C there, and would begin a line for it."""
-_ENDLESS = 1_000_000
 
 
 class AmountColumn(ProgressColumn):
@@ -108,8 +107,7 @@ class Bars(RichProgress):
 
     def measure(self) -> int:
         """The characters that the longest line takes."""
-        options = self.terminal.options.update(width=_ENDLESS)
-        return Measurement.get(self.terminal, options, self.make_tasks_table(self.tasks)).maximum
+        return measure_unfolded(self.make_tasks_table(self.tasks), self.terminal)
 
 
 @contextlib.contextmanager

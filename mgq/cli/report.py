@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mgq.cli.import_options import ImportOptions
+from mgq.cli.option_needs import OF_IMPORT, OF_RUNS, OF_SEVERAL_NETWORKS
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     AsJson,
     KeyName,
@@ -22,9 +22,9 @@ from mgq.cli.shared_options import (
     prepare_megengine,
     take_checkpoint,
 )
+from mgq.engine.classifier.network_options import RUNS
 
 if TYPE_CHECKING:
-    from mgq.engine.classifier.import_wish import ImportWish
     from mgq.reports.contents import FileReport, Report
 
 
@@ -68,6 +68,8 @@ class ReportCommand(ImportOptions):
     save: Save = RUNS
     as_json: AsJson = False
 
+    needs = (OF_SEVERAL_NETWORKS, OF_IMPORT, OF_RUNS)
+
     def execute(self) -> None:
         """Write the page and say where it is."""
         from mgq.cli.console import progress
@@ -92,7 +94,7 @@ class ReportCommand(ImportOptions):
             checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
             options = replace(options, checkpoint=checkpoint)
         else:
-            prepare_file(file, self.import_wish())
+            prepare_file(file)
         with progress() as on_progress:
             written = write_report(options, on_progress)
         if self.as_json:
@@ -101,14 +103,14 @@ class ReportCommand(ImportOptions):
             show_report(written)
 
 
-def prepare_file(file: Path, wish: ImportWish) -> None:
-    """Import MegEngine, quietly, where it runs the deployed ``file``. Raises InputError for options of other files."""
+def prepare_file(file: Path) -> None:
+    """Import MegEngine, quietly, where it runs the deployed ``file``."""
     from mgq.errors import name_in_errors, printable
     from mgq.export.formats import format_of
     from mgq.quantization.option_names import MEGENGINE
     from mgq.system.megengine_start import import_megengine
 
-    take_checkpoint(file, wish=wish)
+    take_checkpoint(file)
     if format_of(file) == MEGENGINE:
         with name_in_errors(printable(file)):
             import_megengine()

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mgq.cli.option_needs import Need
 from mgq.cli.option_types import AT_LEAST_NONE, AT_LEAST_ZERO, COUNT, FACTOR, PORT
 from mgq.cli.shared_options import (
-    RUNS,
     Arch,
     EngineName,
-    NetworkOptions,
     is_onnx_of_others,
     open_network,
     take_checkpoint,
 )
+from mgq.engine.classifier.network_options import RUNS, NetworkOptions, Usage
 from mgq.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -78,6 +78,14 @@ class ServeCommand:
         typer.Option("--timeout", click_type=FACTOR, metavar="S", help="Limit for an upload, and for its answer."),
     ] = 30.0
 
+    needs = (
+        Need(
+            ("host", "port"),
+            lambda command: command.descriptor is None,
+            "opens a socket, and --fd is one: leave out one of them",
+        ),
+    )
+
     def execute(self) -> None:
         """Open the socket, then the network, and answer until the end."""
         refuse_others(self.checkpoint)
@@ -95,7 +103,7 @@ class ServeCommand:
         target = ONNX if self.checkpoint is None else None
         options = NetworkOptions(self.arch, self.checkpoint, engine=self.engine, target=target)
         with progress() as on_progress:
-            network = open_network(options, "quantized", on_progress, kept=True, threads=self.threads)
+            network = open_network(options, None, on_progress, Usage(kept=True, threads=self.threads))
         note(f"{network.spec.name}, {network.origin}")
         service = Service(network, self.limits(), note)
         serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))

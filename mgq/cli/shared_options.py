@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,11 +21,13 @@ from mgq.cli.option_types import (
     SHARE,
     TARGET,
 )
+from mgq.engine.classifier.network_options import RUNS, NetworkOptions, Usage
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.classifier import Classifier
     from mgq.engine.classifier.import_wish import ImportWish
     from mgq.events import OnProgress
+    from mgq.quantization.option_names import Mode
 
 Arch = Annotated[
     str | None,
@@ -39,10 +41,8 @@ CheckpointFile = Annotated[
 ]
 KEY_HELP = "Which network of the file of -c, where it has several, such as state_dict_ema."
 KeyName = Annotated[str | None, typer.Option("--key", metavar="NAME", help=KEY_HELP)]
-ModeName = Annotated[
-    str,
-    typer.Option("-m", "--mode", click_type=MODE, help="normal (float32), qat (fake-quantized) or quantized (int8)."),
-]
+MODE_HELP = "normal (float32), qat (fake-quantized) or quantized (int8)."
+ModeName = Annotated[str, typer.Option("-m", "--mode", click_type=MODE, help=MODE_HELP)]
 Save = Annotated[Path, typer.Option("-s", "--save", click_type=FOLDER, help="Folder of the runs.")]
 Pretrained = Annotated[
     str | None,
@@ -93,7 +93,7 @@ EngineName = Annotated[
         show_default=False,
     ),
 ]
-RUNS = Path("runs")
+ANY_USAGE = Usage()
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -139,23 +139,11 @@ def take_checkpoint(
         if made is not None:
             note(f"int8 from {printable(made)}")
         return made or imported
-    refuse_wish(wish)
     if checkpoint is not None and not deployed and format_of(checkpoint):
         raise InputError(f"{printable(checkpoint)} is a finished file: give the checkpoint that it was made from")
-    if checkpoint is None and key is not None:
-        raise InputError(f"--key {printable(key)} chooses a network in the file of -c: give one, or leave --key out")
     if checkpoint is not None:
         validate_file(checkpoint, key)
     return checkpoint
-
-
-def refuse_wish(wish: ImportWish | None) -> None:
-    """Raise InputError where import options are given and -c is no ONNX file of another program."""
-    from mgq.errors import InputError
-
-    if wish is not None and not wish.is_open:
-        options = "--preprocess, --mean, --std, --rgb, --bgr, --size, --labels and --scores"
-        raise InputError(f"{options} are for ONNX files of others")
 
 
 def prepare_megengine(
@@ -183,71 +171,36 @@ def is_onnx_of_others(path: Path) -> bool:
     return is_foreign(path)
 
 
-@dataclass(frozen=True)
-class NetworkOptions:
-    """The shared options that choose a network."""
+def with_newest_run(options: NetworkOptions, mode: str | None) -> NetworkOptions:
+    """``options``; where nothing in them says which, of the architecture of the newest run that can serve ``mode``."""
+    if options.arch or options.checkpoint or options.pretrained:
+        return options
+    return replace(options, arch=find_arch(options.save, mode))
 
-    arch: str | None = None
-    checkpoint: Path | None = None
-    key: str | None = None
-    save: Path = RUNS
-    pretrained: str | None = None
-    ranges: Path | None = None
-    width: float | None = None
-    image_size: int | None = None
-    target: str | None = None
-    engine: str | None = None
 
-    def with_newest_run(self, mode: str | None) -> NetworkOptions:
-        """Where nothing else says which, the architecture is that of the newest run that can serve ``mode``."""
-        if self.arch or self.checkpoint or self.pretrained:
-            return self
-        return replace(self, arch=find_arch(self.save, mode))
+def tell_of_unused_runs(options: NetworkOptions, mode: Mode) -> None:
+    """Say so where the architecture has a float run alone, which ``mode`` passes over for other weights, or where it
+    was not chosen and another one has the newest run."""
+    from mgq.cli.console import note
+    from mgq.engine.classifier.run_lookup import describe_unused_runs
 
-    def tell_of_unused_run(self, mode: str | None) -> None:
-        """Say so where the architecture has a float run alone, which ``mode`` passes over for other weights, or where
-        it was not chosen and another one has the newest run."""
-        from mgq.cli.console import note
-        from mgq.engine.classifier.run_lookup import describe_unused_runs
-        from mgq.quantization.option_names import parse_mode
-
-        if self.checkpoint or self.pretrained or self.ranges or mode is None:
-            return
-        for line in describe_unused_runs(self.arch, parse_mode(mode), self.save):
-            note(line)
+    if options.checkpoint or options.pretrained or options.ranges:
+        return
+    for line in describe_unused_runs(options.arch, mode, options.save):
+        note(line)
 
 
 def open_network(
-    options: NetworkOptions,
-    mode: str,
-    on_progress: OnProgress,
-    few: bool = False,
-    kept: bool = False,
-    threads: int | None = None,
+    options: NetworkOptions, mode: str | None, on_progress: OnProgress, usage: Usage = ANY_USAGE
 ) -> Classifier:
-    """The network that ``options`` choose, in ``mode``; behind :func:`take_checkpoint`. It imports MegEngine if that
-    runs it. Other words are as for :func:`mgq.engine.classifier.network_choice.choose_network`."""
+    """The network that ``options`` choose, in ``mode`` or, without one, as
+    :func:`mgq.engine.classifier.network_choice.choose_network` says; behind :func:`take_checkpoint`. It imports
+    MegEngine if that runs it."""
     from mgq.engine.classifier.network_choice import choose_network
-    from mgq.quantization.option_names import parse_mode
+    from mgq.quantization.option_names import Mode, parse_mode
     from mgq.system.megengine_start import import_megengine
 
-    found = choose_network(
-        arch=options.arch,
-        checkpoint=options.checkpoint,
-        mode=parse_mode(mode),
-        save=options.save,
-        pretrained=options.pretrained,
-        ranges=options.ranges,
-        width=options.width,
-        image_size=options.image_size,
-        on_progress=on_progress,
-        target=options.target,
-        engine=options.engine,
-        key=options.key,
-        start_megengine=import_megengine,
-        few=few,
-        kept=kept,
-        threads=threads,
-    )
-    options.tell_of_unused_run(mode)
+    wanted = parse_mode(mode) if mode is not None else None
+    found = choose_network(options, wanted, usage, on_progress, import_megengine)
+    tell_of_unused_runs(options, wanted or Mode.QUANTIZED)
     return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import typer
 
 from mgq.cli.import_options import ImportOptions
+from mgq.cli.option_needs import OF_IMPORT, OF_SEVERAL_NETWORKS, OF_ZOO, Need
 from mgq.cli.option_types import (
     ARCH,
     AT_LEAST_NONE,
@@ -32,7 +33,8 @@ from mgq.cli.option_types import (
     NameOption,
     RecipeNumber,
 )
-from mgq.cli.shared_options import KEY_HELP, RUNS, prepare_megengine
+from mgq.cli.shared_options import KEY_HELP, prepare_megengine
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import InputError, format_size
 from mgq.io.temporary_folders import temporary_folder
 from mgq.system.end_signals import end_signals
@@ -170,6 +172,35 @@ class TrainingCommand(ImportOptions):
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events, too.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False
 
+    needs: ClassVar[tuple[Need, ...]] = (
+        OF_SEVERAL_NETWORKS,
+        OF_IMPORT,
+        OF_ZOO,
+        Need(
+            ("sync_bn",),
+            lambda command: command.may_share(),
+            "is for several processes, and one trains here: give --jobs, or leave it out",
+        ),
+        Need(
+            ("compress",),
+            lambda command: command.nodes > 1 or find_world() is not None or command.compress == "none",
+            "is for what travels between machines: start mgq on several by mpirun, or leave it out",
+        ),
+        Need(("node", "master"), lambda command: command.nodes > 1, "is for several machines: give --nnodes, too"),
+        Need(
+            ("jobs",),
+            lambda command: command.nodes == 1,
+            "is for one machine, and --nnodes for several: leave out one of them",
+        ),
+    )
+
+    def may_share(self) -> bool:
+        """Whether more than one process may train."""
+        from mgq.system.graphics_cards import graphics_cards
+
+        by_gpus = self.devices not in (0, 1) and len(graphics_cards()) > 1
+        return (self.jobs or 1) > 1 or self.nodes > 1 or find_world() is not None or by_gpus
+
     def execute(self) -> None:
         """Train and show the result; where the training was stopped, say how to resume it."""
         from mgq.cli.console import note, progress, say, show_table
@@ -250,6 +281,14 @@ class TrainCommand(TrainingCommand):
     ] = None
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Start from random weights.")] = False
     new_head: Annotated[bool, typer.Option("--new-head", help="Start with a new classifier for these classes.")] = False
+
+    needs = (
+        Need(
+            ("checkpoint", "pretrained", "new_head"),
+            lambda command: not command.from_scratch,
+            "is for trained weights, and --from-scratch starts from random ones: leave out one of them",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mgq.errors import FailureError, InputError, MgqError, printable
@@ -100,6 +100,41 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the error under way says more than a failed clean-up
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """As :func:`atomic_write`, for a file that a user names: its folder is made where there is none, and taken away
+    again where the block fails."""
+    folder = path.absolute().parent
+    missing = list_missing(folder)
+    try:
+        ensure_writable_folder(folder)
+        with atomic_write(path) as temporary:
+            yield temporary
+    except BaseException:
+        remove_empty(missing)
+        raise
+
+
+def refuse_unwritable_folder(path: Path, mend: str = "choose another folder") -> None:
+    """Raise as :func:`ensure_writable_folder` does, and leave no folder that was not there: before long work."""
+    missing = list_missing(path)
+    try:
+        ensure_writable_folder(path, mend)
+    finally:
+        remove_empty(missing)
+
+
+def list_missing(folder: Path) -> list[Path]:
+    """``folder`` and those above it that are not there, from below."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:

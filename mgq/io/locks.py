@@ -1,7 +1,7 @@
 """Locks files and folders, so that one process at a time writes them.
 
 The system lets go of a lock when its process ends, however it ends. A lock is a file beside what it guards, which may
-be renamed, and stays there: to remove it would let two processes hold it.
+be renamed, and stays there, unless the process that has it takes it away.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ def take_lock(path: Path, mend: str, wait_s: float = 0.0) -> filelock.BaseFileLo
     except OSError as error:
         raise write_error(path, error, mend) from error
     return lock
+
+
+def drop_lock(lock: filelock.BaseFileLock) -> None:
+    """Release ``lock`` and take its file away: where what it guards was not made.
+
+    Another process that waits for the lock finds out, when it has it, that the file is gone, and makes a new one.
+    """
+    with contextlib.suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from mgq.engine.classifier.classifier import Classifier, versions
 from mgq.engine.classifier.evaluate import batch_for, evaluate
 from mgq.engine.classifier.labelled_sets import evaluation_data, match_classes
 from mgq.engine.classifier.network_choice import choose_network
+from mgq.engine.classifier.network_options import NetworkOptions
 from mgq.engine.classifier.predict import ClassScore, best_scores
 from mgq.errors import InputError
 from mgq.events import OnProgress
@@ -50,7 +51,7 @@ def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> 
     where it runs the file alone."""
     machine = this_machine()  # as it is before the work begins
     page = check_page_path(options.output or path.with_name(f"{path.name}.report.html"), "--output")
-    classifier = choose_network(options.arch, checkpoint=path)
+    classifier = choose_network(NetworkOptions(options.arch, path))
     missing = [LEFT_TO_RUNS]
     found = None
     try:

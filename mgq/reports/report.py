@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgq.deprecation import accept_old_keywords
+from mgq.engine.classifier.network_options import RUNS
 from mgq.events import OnProgress, log_progress
 from mgq.machine import load_megengine
 from mgq.reports.measurements import SHOWN
@@ -22,7 +23,7 @@ def report(
     run: str | Path | None = None,
     data: str | Path | None = None,
     checkpoint: str | Path | None = None,
-    save: str | Path = "runs",
+    save: str | Path = RUNS,
     output: str | Path | None = None,
     limit: int | None = None,
     images: int = SHOWN,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import InputError, printable
 from mgq.export.formats import format_of
 from mgq.reports.measurements import SHOWN
@@ -24,7 +25,7 @@ class ReportOptions:
     run: str | Path | None = None
     data: Path | None = None
     checkpoint: Path | None = None
-    save: Path = Path("runs")
+    save: Path = RUNS
     output: Path | None = None
     limit: int | None = None
     images: int = SHOWN

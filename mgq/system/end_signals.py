@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
 
 
 def end_signals() -> tuple[signal.Signals, ...]:
@@ -11,3 +15,76 @@ def end_signals() -> tuple[signal.Signals, ...]:
     if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return always
     return (*always, signal.SIGHUP)
+
+
+IMPORT = "<frozen importlib._bootstrap>"
+"""The file of the code that loads modules."""
+AGAIN_S = 0.02
+"""So long a signal waits until it is asked again whether modules are loaded."""
+
+
+class EndRequest:
+    """Whether a signal wants this process to end.
+
+    Its KeyboardInterrupt would be lost, or told by a library in its own words, while modules are loaded: it comes after
+    that. It may still be lost, as in an error that MegEngine makes of it: so it is remembered, and raised again where
+    :meth:`obey` is called.
+    """
+
+    def __init__(self) -> None:
+        self.is_made = False
+        self._is_held = False
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Signals that would end the process raise KeyboardInterrupt meanwhile; afterwards they do what they did."""
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in end_signals()} if is_main else {}
+        ours = {number: handler for number, handler in before.items() if handler in usual}
+        self.is_made = False
+        if ours:
+            ours[signal.SIGALRM] = signal.SIG_DFL
+        for number in ours:
+            signal.signal(number, self._take)
+        try:
+            yield
+        finally:
+            if ours:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in ours.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """A signal that comes meanwhile is obeyed afterwards: for what is worth nothing when half of it is done."""
+        before, self._is_held = self._is_held, True
+        try:
+            yield
+        finally:
+            self._is_held = before
+        self.obey()
+
+    def obey(self) -> None:
+        """Raise KeyboardInterrupt where a signal has come."""
+        if self.is_made and not self._is_held:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        is_first, self.is_made = number == signal.SIGALRM or not self.is_made, True
+        if is_first and loads_modules(frame):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+            return
+        self.obey()
+
+
+def loads_modules(frame: FrameType | None) -> bool:
+    """Whether ``frame`` is part of an import."""
+    while frame is not None and frame.f_code.co_filename != IMPORT:
+        frame = frame.f_back
+    return frame is not None
+
+
+END_REQUEST = EndRequest()
+"""That of this process."""

@@ -13,6 +13,7 @@ from mgq.machine import (
     mute_stderr,
     refuse_without_megengine,
 )
+from mgq.system.end_signals import END_REQUEST
 
 NEVER = 1 << 60
 """Bytes that no tensor has."""
@@ -36,6 +37,7 @@ def import_megengine() -> None:
         # MegEngine lists large tensors that it could drop and compute again, even while it is not to drop any. Two of
         # its threads change the list, one without a lock: now and then a run ended in "got wrong candidate index".
         megengine.dtr.evictee_minimum_size = NEVER
+    END_REQUEST.obey()
 
 
 def prepare_process() -> None:

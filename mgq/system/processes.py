@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from mgq.errors import FailureError, InputError, MgqError
+from mgq.system.end_signals import END_REQUEST
 from mgq.system.parent_death import end_with_parent
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -159,7 +160,8 @@ def _start(task: Task, prepare: Callable[[], None]) -> _Process:
     ours, theirs = context.Pipe()
     # Pickled here, so that it is loaded only after the preparation.
     process = context.Process(target=_run, args=(theirs, prepare, pickle.dumps(task)), daemon=True)
-    process.start()
+    with END_REQUEST.hold():  # it would find half of what it is told
+        process.start()
     theirs.close()  # Now the pipe ends when the process does.
     return _Process(process, ours)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, printable
+from mgq.errors import InputError, nearest, printable
 from mgq.machine import load_megengine
 from mgq.zoo.registry import ModelSpec, specs
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import megengine.module as M
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}")
+SHOWN = 5
+"""Functions of a file that are named at most."""
 TRIED, COMMON_SIZE = 3, 224
 """Classes of the network that is built as a check, and a second size of images that it has to take."""
 
@@ -161,7 +163,10 @@ def register_from_file(said: str) -> ModelSpec:
     except (Exception, SystemExit) as error:
         raise InputError(f"{printable(place)[:200]} fails: {to_one_line(error)}") from error
     if function not in found:
-        raise InputError(f"{printable(place)[:200]} has no function {printable(function)[:80]}")
+        known = [name for name, value in found.items() if callable(value) and not name.startswith("_")]
+        near = nearest(function, known)
+        mend = f"did you mean {near}?" if near else f"give one of {', '.join(known[:SHOWN])}" if known else "write one"
+        raise InputError(f"{printable(place)[:200]} has no function {printable(function)[:80]}: {mend}")
     size = found.get("IMAGE_SIZE", 224)
     spec = replace(register(function, found[function], size if isinstance(size, int) else 224), place=said)
     specs()[spec.name] = spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,17 @@ def fingerprint(state: State) -> str:
 
 
 def read_weights(
-    path: Path, spec: ModelSpec | None = None, origin: str | None = None, key: str | None = None
+    path: Path,
+    spec: ModelSpec | None = None,
+    origin: str | None = None,
+    key: str | None = None,
+    new_head: bool = False,
 ) -> Weights:
     """The weights in ``path``: an mgq checkpoint, a pickle of the public example, or a known PyTorch layout.
 
     Without ``spec`` the architecture follows from names and shapes. Of several networks in the file ``key`` chooses
-    one; the origin states the choice and the prefix that was removed from the names. Raises InputError where the file
+    one; the origin states the choice and the prefix that was removed from the names. With ``new_head`` the classifier
+    may be missing: that of the network is zero then. Raises InputError where the file
     is unreadable, would run code, has numbers that cannot be weights, or fits no architecture (or not ``spec``): the
     message names what differs.
     """
@@ -88,7 +93,7 @@ def read_weights(
     name = printable(path)
     info = info_of(file.metadata, name)
     if info is not None:
-        return own_checkpoint(name, file.tensors, info, spec)
+        return own_checkpoint(name, file.tensors, info, spec, new_head)
     if any(value.dtype == np.int8 for value in file.tensors.values()):
         raise InputError(
             f"{name} holds an int8 network without its activation scales; pass the QAT checkpoint it was made from"
@@ -104,7 +109,7 @@ def read_weights(
         )
     best = min(candidates, key=lambda candidate: misfits(candidate, state)) if len(candidates) > 1 else candidates[0]
     kind = ", ".join([file.format, *([file.taken] if file.taken else []), *part.said])
-    return recognize(best, state, name, kind, origin, hints_of(path, file.arch))
+    return recognize(best, state, name, kind, origin, hints_of(path, file.arch), new_head)
 
 
 def part_in(tensors: State, known: Sequence[ModelSpec], name: str) -> Part:
@@ -150,14 +155,14 @@ def may_hold(spec: ModelSpec, state: State) -> bool:
     return spec.marker in state or spec.adapt(state) is not None
 
 
-def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpec | None) -> Weights:
+def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpec | None, new_head: bool) -> Weights:
     """The weights in an mgq checkpoint, whose metadata describe it."""
     if spec is not None and spec.name != info.arch:
         raise InputError(f"{name} is a checkpoint of {printable(info.arch)[:80]}, not of {spec.name}; leave out -a")
     with name_in_errors(name):
         spec = spec_for(info.arch, info.options)
     state, said = without_wrapper(spec, state, len(info.classes), info.options)
-    network = build_network(spec, state, len(info.classes), info.options, name)
+    network = build_network(spec, state, len(info.classes), info.options, name, new_head)
     origin = ", ".join([f"{name} ({printable(info.origin)[:200]})", *said])
     mode = mode_in(state)
     how = info.preprocessing
@@ -182,7 +187,13 @@ def without_wrapper(
 
 
 def recognize(
-    spec: ModelSpec, state: State, name: str, kind: str, origin: str | None, hints: Hints = NO_HINTS
+    spec: ModelSpec,
+    state: State,
+    name: str,
+    kind: str,
+    origin: str | None,
+    hints: Hints = NO_HINTS,
+    new_head: bool = False,
 ) -> Weights:
     """``state``, read from the file ``name`` of a ``kind``, as weights of ``spec``; names and shapes checked."""
     adapted = spec.adapt(state, hints)
@@ -192,7 +203,7 @@ def recognize(
         state, options, how = adapted.state, adapted.options, adapted.preprocessing
         origin = origin or f"{name} ({kind}, {adapted.layout})"
     classes = classes_in(spec, state)
-    network = build_network(spec, state, classes, options, name)
+    network = build_network(spec, state, classes, options, name, new_head)
     if adapted is not None and adapted.unclear:
         raise InputError(f"{name} {adapted.unclear}")
     layer = find_overflowing_layer(network)
@@ -206,17 +217,30 @@ def mode_in(state: State) -> str:
     return "qat" if any(is_observed(name) for name in state) else "normal"
 
 
-def build_network(spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str) -> M.Module:
-    """A float network of ``spec`` with the float part of ``state``. Raises InputError where it does not fit."""
+def build_network(
+    spec: ModelSpec, state: State, classes: int, options: Mapping[str, Any], name: str, new_head: bool = False
+) -> M.Module:
+    """A float network of ``spec`` with the float part of ``state``, whose classifier may be missing with ``new_head``.
+    Raises InputError where it does not fit."""
     refuse_more_classes(spec, state, classes, name)
     with without_initialization(), name_in_errors(name):
         network = spec.build(classes, **options)
-    differences = describe_differences(float_part(state), state_of(network))
+    expected, head = state_of(network), spec.head.removesuffix("weight")
+    lacking = {own for own in expected if head and own.startswith(head) and own not in state}
+    if lacking and (new_head or not describe_differences(float_part(state), without(lacking, expected))):
+        if not new_head:
+            raise InputError(f"{name} has no classifier: `mgq train -c {name} --new-head` begins with a new one")
+        state = {**state, **{own: np.zeros_like(expected[own]) for own in lacking}}
+    differences = describe_differences(float_part(state), expected)
     if differences:
         raise InputError(f"{name} does not fit {spec.name}: {differences}{family_hint(spec, state)}")
     load_state(network, float_part(state), name)
     network.eval()
     return network
+
+
+def without(names: Container[str], state: State) -> State:
+    return {name: value for name, value in state.items() if name not in names}
 
 
 def refuse_more_classes(spec: ModelSpec, state: State, classes: int, name: str) -> None:

@@ -115,8 +115,8 @@ def test_one_precision_shows_only_its_rows(asked: list[Settings]) -> None:
 
 
 def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Settings], tmp_path: Path) -> None:
-    assert refused("--int8", "--fp32").startswith("--int8 and --fp32 exclude each other")
-    assert refused("--markdown", "--json", "-").startswith("--markdown and --json - both want")
+    assert refused("--int8", "--fp32").startswith("--fp32 and --int8 exclude each other")
+    assert refused("--markdown", "--json", "-").startswith("--markdown wants standard output: give --json a file")
     assert "more than this machine's" in refused("--threads", "100000")
     assert "did you mean resnet18" in refused("-a", "resnet81")
     assert "--threads many is no number" in refused("--threads", "many")
@@ -125,8 +125,23 @@ def test_wrong_options_are_refused_before_anything_is_measured(asked: list[Setti
     assert "let it end in .png or .svg" in refused("--plot", str(tmp_path / "plot.gif"))
     assert refused("--train", "--against", "a.onnx").startswith("--train compares with PyTorch alone")
     assert "give the name of a file" in refused("--json", str(tmp_path))
-    assert "folder does not exist" in refused("--json", str(tmp_path / "none" / "bench.json"))
     assert asked == []
+
+
+@pytest.mark.parametrize(("option", "name"), [("--json", "bench.json"), ("--plot", "bench.svg")])
+def test_the_folder_of_an_output_is_made(asked: list[Settings], tmp_path: Path, option: str, name: str) -> None:
+    file = tmp_path / "new" / "folder" / name
+    assert run(option, str(file)).exit_code == 0
+    assert file.is_file() and len(asked) == 1
+
+
+def test_weights_come_from_the_folder_of_runs_that_is_named(asked: list[Settings], tmp_path: Path) -> None:
+    run_of_mobilenet = tmp_path / "mobilenet_v2.normal"
+    run_of_mobilenet.mkdir()
+    (run_of_mobilenet / "checkpoint.safetensors").touch()
+    assert run("-s", str(tmp_path)).exit_code == 0
+    assert asked[0].save == tmp_path
+    assert "has no run of resnet18 that can serve" in refused("-s", str(tmp_path), "-a", "resnet18")
 
 
 def test_the_table_fits_80_columns_and_is_plain_in_a_pipe(asked: list[Settings]) -> None:

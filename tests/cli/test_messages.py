@@ -32,6 +32,8 @@ TEXTS = {
     **{f"pointer{suffix}": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n" for suffix in WEIGHTS},
     **{f"nothing{suffix}": "" for suffix in WEIGHTS},
 }
+READ_RUNS = ("infer", "eval", "dump", "analyze", "report", "bench", "models")
+CHOOSE_WEIGHTS = ("infer", "eval", "dump", "analyze", "calibrate", "train", "qat")
 FOLDERS = ("empty", "one/train/a", "one/val/a", "noval/train/a", "noval/train/b")
 
 # What is typed, and what the line has to say: the thing and the mend.
@@ -106,7 +108,7 @@ WRONG = [
     ("train --classes 1", "--classes 1", "give 2 to"),
     ("train -n -1", "--ngpus -1", "give at least 0"),
     ("train --nnodes 0", "--nnodes 0", "give at least 1"),
-    ("train --node-rank 3", "--node-rank 3", "count machines from 0"),
+    ("train --nnodes 2 --node-rank 3", "--node-rank 3", "count machines from 0"),
     ("train -w -1", "--workers -1", "give at least 0"),
     ("bench --batch 0", "--batch 0", "give at least 1"),
     ("bench --rounds 0", "--rounds 0", "give at least 1"),
@@ -155,11 +157,69 @@ WRONG = [
     ("dump -o net.onx", "net.onx", ".megengine or .onnx"),
     ("dump -c fake.onnx", "fake.onnx", "write it again"),
     ("bench --train --json empty", "empty", "folder"),
-    ("train --master foo", "--master", "HOST:PORT"),
     ("bench --against missing.onnx", "missing.onnx", "check the path"),
     ("bench --plot plot.txt", "plot.txt", ".png"),
     ("bench --markdown --json -", "--markdown", "give --json a file"),
     ("bench --int8 --fp32", "--int8", "leave both out"),
+    ("bench --train --torch-python missing", "--torch-python missing does not exist", "check the path"),
+    (
+        "bench --train --torch-python one/train",
+        "--torch-python one/train does not run (Permission denied)",
+        "name a Python",
+    ),
+    # folders of runs that are none
+    *((f"{verb} -s missing", "--save missing does not exist", "check the path") for verb in READ_RUNS),
+    *(
+        (f"{verb} -s empty", "--save empty has no run of ", "makes one")
+        for verb in ("infer", "eval", "dump", "analyze")
+    ),
+    ("bench -s empty", "--save empty has no run of resnet18", "`mgq train -a resnet18` makes one"),
+    ("infer -s made/resnet18.qat", "resnet18.qat is a run itself", "-c made/resnet18.qat/checkpoint.safetensors"),
+    ("infer -s made", "--save made has no run of efficientnet_lite0", "`-a resnet18` takes it"),
+    ("infer -s made -a mobilenet_v2", "no run of mobilenet_v2", "`mgq calibrate -a mobilenet_v2`"),
+    # options that could have no effect
+    ("infer --key x", "--key", "-c"),
+    ("infer --rgb", "--rgb is for ONNX files of others", "-c"),
+    ("eval --bgr", "--bgr is for ONNX files of others", "-c"),
+    ("report --labels notes.txt", "--labels notes.txt is for ONNX files", "-c"),
+    *((f"{verb} -c w.pth --pretrained", "--pretrained takes the zoo's", "leave out one") for verb in CHOOSE_WEIGHTS),
+    *((f"{verb} -m normal --target onnx", "--target is for int8", "leave out") for verb in ("infer", "eval", "dump")),
+    ("infer -m normal --ranges fake.json", "--ranges fake.json is for int8", "leave out one of them"),
+    ("dump --format native --check layers", "--check", "--format onnx"),
+    ("dump -o net.so -d empty", "--data empty is for comparing an .onnx file", "--format onnx"),
+    ("dump --target megengine --tune", "--tune is for .onnx files", "--format onnx"),
+    ("dump -o net.onnx -d empty --check none", "--data empty is for comparing", "leave out one of them"),
+    ("dump -m normal -o net.onnx --check layers", "--check layers", "leave out one of them"),
+    ("dump -o net.so --batch 4", "--batch", "leave it out"),
+    ("dump -o net.onnx --cpu avx2", "--cpu is for native libraries", "--format native"),
+    ("dump -o net.onnx --input int8", "takes uint8 pixels, not int8", "leave --input out"),
+    ("dump -o net.onnx -m normal --for openvino", "--for chooses where int8", "leave out one of them"),
+    ("dump -o net.so --for openvino", "--for is for ONNX files", "--format onnx"),
+    ("dump -o net.megengine --batch 0", "--batch 0", "--format onnx"),
+    ("dump -o net.megengine --target onnx", "target onnx", "--format onnx"),
+    ("dump -o net.so -m normal", "mode normal", "-m quantized"),
+    ("dump -m normal --keep-input -o net.onnx", "--keep-input is for int8", "imported"),
+    ("dump --batch 4 --keep-input -o net.onnx", "--batch", "leave out one of them"),
+    ("calibrate --data-free --images 3", "--images is for calibration on pictures", "leave out one of them"),
+    ("calibrate cat.jpg --data-free", "FILES is for calibration on pictures", "leave out one of them"),
+    ("calibrate --data-free --no-bias-correction", "--no-bias-correction", "leave out one of them"),
+    ("calibrate --ranges r.json --max-drop 1", "--max-drop", "leave out one of them"),
+    ("analyze --json --worst 3", "--worst is for the table", "leave it out"),
+    ("train --from-scratch --new-head", "--new-head", "leave out one of them"),
+    ("train --node-rank 0", "--node-rank is for several machines", "--nnodes"),
+    ("train --master foo", "--master is for several machines", "--nnodes"),
+    ("train --jobs 2 --nnodes 2", "--jobs is for one machine", "leave out one of them"),
+    ("train --sync-bn -n 0", "--sync-bn", "--jobs"),
+    ("train --compress fp16 --jobs 2", "--compress", "mpirun"),
+    ("bench --train cat.jpg", "FILES is for inference", "leave out one of them"),
+    ("bench --train -s made", "--save made is for inference", "leave out one of them"),
+    ("bench --no-stock", "--no-stock belongs to --train", "give that, too"),
+    ("bench cat.onnx -a resnet18", "--arch is for networks, not for files", "leave it out"),
+    ("bench cat.onnx -s made", "--save made is for networks, not for files", "leave it out"),
+    ("bench -c w.pth --int8", "--int8 is for networks of the zoo", "leave it out"),
+    ("bench -c w.pth --image-size 64", "--image-size is in the files already", "leave it out"),
+    ("bench -c w.pth --batch 2", "--batch is 1", "leave it out"),
+    ("serve --fd 3 --port 80", "--port opens a socket", "leave out one of them"),
 ]
 
 
@@ -172,6 +232,9 @@ def desk(tmp_path: Path) -> set[Path]:
             (tmp_path / name / "1.jpg").write_bytes(bundled_cat().read_bytes())
     for name, text in TEXTS.items():
         (tmp_path / name).write_text(text)
+    for name in ("resnet18.qat", "mobilenet_v2.normal"):
+        (tmp_path / "made" / name).mkdir(parents=True)
+        (tmp_path / "made" / name / "checkpoint.safetensors").touch()
     for name in ("cat.jpg", "-dash.jpg"):
         (tmp_path / name).write_bytes(bundled_cat().read_bytes())
     return set(tmp_path.rglob("*"))

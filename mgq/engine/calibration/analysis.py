@@ -19,6 +19,7 @@ from mgq.deprecation import accept_old_keywords
 from mgq.engine.calibration.calibration_run import RANGES_FILE, spread_evenly
 from mgq.engine.classifier.labelled_sets import evaluation_data, match_classes
 from mgq.engine.classifier.metrics import Labels, standard_error
+from mgq.engine.classifier.network_options import RUNS
 from mgq.engine.classifier.open import (
     Classifier,
     classifier_from,
@@ -166,7 +167,7 @@ def analyze(
     files: Sequence[str | Path] = (),
     arch: str | None = None,
     checkpoint: str | Path | None = None,
-    save: str | Path = "runs",
+    save: str | Path = RUNS,
     pretrained: bool | str = False,
     target: str | None = None,
     images: int = IMAGES,

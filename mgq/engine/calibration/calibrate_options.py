@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import InputError
 from mgq.quantization.option_names import BALANCED, BY_GPTQ, TO_NEAREST
 
@@ -36,7 +37,7 @@ class CalibrateOptions:
     weight_rounding: str = BY_GPTQ
     max_drop: float | None = None
     target: str | None = None
-    save: Path = Path("runs")
+    save: Path = RUNS
     limit: int | None = None
     workers: int | None = None
     max_bad: float = 0.01

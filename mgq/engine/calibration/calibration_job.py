@@ -25,7 +25,7 @@ from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import InputError, plural, printable
 from mgq.events import NO_CALLBACKS, Callbacks, duration
-from mgq.io.atomic import ensure_writable_folder
+from mgq.io.atomic import ensure_writable_folder, refuse_unwritable_folder
 from mgq.ptq.presets import CalibrationConfig, count_images_used
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import BEST
@@ -182,7 +182,7 @@ def count_images(options: CalibrateOptions) -> int:
 
 def refuse_unwritable_folders(options: CalibrateOptions) -> None:
     """Raises InputError where results could not be written, before the work, which takes minutes."""
-    ensure_writable_folder(options.save)
+    refuse_unwritable_folder(options.save)
     if options.ranges_file is not None:
         if options.ranges_file.is_dir():
             raise InputError(f"--ranges {printable(options.ranges_file)} is a folder: give the name of a file")

@@ -61,9 +61,10 @@ class Calibration:
     def write(self, save: Path) -> Path:
         """Write ranges, checkpoint and what the bits depend on to ``<save>/<arch>.calibration``; the checkpoint's path.
 
-        An earlier calibration is kept under another name. Raises as :meth:`RunFolder.create` does.
+        An earlier calibration is kept under another name. Raises as :meth:`RunFolder.create` does, and where not all
+        can be written; nothing is left of it then.
         """
-        with RunFolder.create(save, self.classifier.spec.name, "calibration") as run:
+        with RunFolder.create(save, self.classifier.spec.name, "calibration") as run, run.whole_or_nothing():
             self.write_ranges(run.path / RANGES_FILE)
             self.classifier.write_checkpoint(run.checkpoint)
             made = {"processes": [this_process()], "checkpoint_sha256": sha256_of(run.checkpoint)}

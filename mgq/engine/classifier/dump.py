@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from mgq.data.decoding import bundled_cat, read_image
 from mgq.data.transforms import to_batch
+from mgq.engine.classifier.network_options import RUNS
 from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
-from mgq.errors import FailureError, InputError, no_such, printable
-from mgq.export.formats import INPUTS, SUFFIXES, format_of
+from mgq.errors import FailureError, InputError
+from mgq.export.formats import find_format, format_of, refuse_format, refuse_words_of_other_formats
 from mgq.export.megengine.writer import write_megengine
 from mgq.export.onnx.writer import model_of, plain_graph, write_onnx
 from mgq.io.atomic import atomic_write, ensure_writable_folder
@@ -45,33 +46,10 @@ def format_for(classifier: Classifier, path: Path | None = None, wanted: str | N
 
     Raises InputError for an unknown format, and one that the path or the network contradicts.
     """
-    by_name = format_of(path)
-    if wanted is not None and wanted not in SUFFIXES:
-        raise no_such("format", wanted, SUFFIXES)
-    if wanted and by_name and wanted != by_name:
-        raise InputError(f"{path} is no name for format {wanted}: let it end in {SUFFIXES[wanted]}")
-    if path is not None and wanted is None and by_name is None:
-        raise InputError(f"{printable(path)} does not say its format: let it end in {' or '.join(SUFFIXES.values())}")
-    is_own = classifier.target is MEGENGINE and not classifier.spec.is_described
-    found = wanted or by_name or ("megengine" if is_own else "onnx")
-    if found == "megengine" and classifier.target is not MEGENGINE:
-        its = classifier.target.name
-        raise InputError(
-            f"MegEngine cannot run what was quantized for the target {its}: let the file be .onnx (--format onnx), or "
-            f"take another engine"
-        )
-    if found == "megengine" and classifier.mode is Mode.QAT:
-        raise InputError(
-            "MegEngine's files are float or int8, not fake-quantized: pass -m quantized, the integers that mode qat "
-            "simulates"
-        )
-    if found == "megengine" and classifier.spec.is_described:
-        raise InputError("MegEngine's files are for networks of the zoo, not for imported ones: pass --format onnx")
-    if found == "native" and (classifier.mode is not Mode.QUANTIZED or classifier.target is MEGENGINE):
-        its = (
-            f"target {classifier.target.name}" if classifier.mode is Mode.QUANTIZED else f"mode {classifier.mode.value}"
-        )
-        raise InputError(f"a native library is int8 for the target onnx, not {its}: pass -m quantized --target onnx")
+    is_imported = classifier.spec.is_described
+    by_target = "megengine" if classifier.target is MEGENGINE and not is_imported else "onnx"
+    found = find_format(path, wanted) or by_target
+    refuse_format(found, classifier.mode, classifier.target.name, is_imported)
     return found
 
 
@@ -111,20 +89,15 @@ def dump_classifier(
     under ``path`` then.
     """
     kind = format_for(classifier, path, kind)
-    if input_type not in INPUTS:
-        raise no_such("input", input_type, INPUTS)
-    if batch is not None and batch < 1:
-        raise InputError(f"a batch holds at least 1 picture, not {batch}")
-    refuse_words_of_other_formats(kind, cpu, engine, keep_input)
+    refuse_words_of_other_formats(kind, input_type, batch, cpu, engine, keep_input)
     ensure_writable_folder(path.absolute().parent)
     cat = classifier.crop(read_image(bundled_cat()))
     classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
     if kind == "native":
-        return dump_native(classifier, path, input_type, cpu)
+        return dump_native(classifier, path, cpu)
     if kind == "onnx":
-        return dump_onnx(classifier, path, input_type, batch, rewrites, engine, keep_input, float_share)
-    if batch is None:
-        raise InputError("--batch 0, any number of pictures, is for ONNX files: give at least 1, or pass --format onnx")
+        return dump_onnx(classifier, path, batch, rewrites, engine, keep_input, float_share)
+    assert batch is not None
     return dump_megengine(classifier, path, input_type, batch, cat)
 
 
@@ -143,26 +116,15 @@ def dump_megengine(classifier: Classifier, path: Path, input_type: str, batch: i
     return Dump(path, "megengine", report.size, checked)
 
 
-def refuse_words_of_other_formats(kind: str, cpu: str | None, engine: str, keep_input: bool) -> None:
-    if cpu is not None and kind != "native":
-        raise InputError("--cpu is for native libraries: pass --format native, or leave it out")
-    for option, is_given in (("--for", engine != ANY_ENGINE), ("--keep-input", keep_input)):
-        if is_given and kind != "onnx":
-            raise InputError(f"{option} is for ONNX files: pass --format onnx, or leave it out")
-
-
 def dump_onnx(
     classifier: Classifier,
     path: Path,
-    input_type: str,
     batch: int | None,
     rewrites: Sequence[str],
     engine: str,
     keep_input: bool,
     float_share: float,
 ) -> Dump:
-    if input_type != "uint8":
-        raise InputError(f"an .onnx file takes uint8 pixels, not {input_type}: leave --input out")
     kept = find_float_input(classifier) if keep_input else None
     if kept is not None and classifier.mode is Mode.NORMAL:
         raise InputError("--keep-input is for int8: the float file with its input is the one that was imported")
@@ -181,7 +143,7 @@ def dump_onnx(
     return Dump(path, "onnx", report.size, "ONNX's checker accepts it", kept.describe() if kept else "")
 
 
-def dump_native(classifier: Classifier, path: Path, input_type: str, cpu: str | None) -> Dump:
+def dump_native(classifier: Classifier, path: Path, cpu: str | None) -> Dump:
     """A shared library, which takes any number of images, and its header. It is checked where it runs."""
     from mgq.export.native.cpu import NATIVE, get_level
     from mgq.export.native.linker import SharedLibrary, write_library
@@ -189,8 +151,6 @@ def dump_native(classifier: Classifier, path: Path, input_type: str, cpu: str | 
     from mgq.export.native.reference import run_reference
     from mgq.runtime.library import LibraryRuntime
 
-    if input_type != "uint8":
-        raise InputError(f"a native library takes uint8 pixels, not {input_type}: leave --input out")
     level = get_level(cpu or NATIVE)
     about = provenance_of(classifier)
     graph = plain_graph(source_of(classifier), classifier.image_size)
@@ -245,7 +205,7 @@ def dump(
     """
     mode = mode if isinstance(mode, Mode) else parse_mode(mode)
     if arch is None and checkpoint is None and not choice.get("pretrained"):
-        arch = find_newest_arch(Path(choice.get("save", "runs")), mode)
+        arch = find_newest_arch(Path(choice.get("save", RUNS)), mode)
     target = choice.pop("target", None)
 
     def open_for(target: str | None) -> Classifier:

@@ -66,7 +66,7 @@ def names_in_file(path: Path) -> tuple[str, ...]:
         text = text_of(path, LONGEST_NAMES)
         return names_in_text(text, path.suffix.lower() == ".json")
     except OSError as error:
-        raise InputError(f"cannot read the names {shown}: {error.strerror}") from None
+        raise InputError(f"cannot read the names {shown}: {error.strerror}; check the path") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise InputError(f"{shown} is no list of class names: one a line, or a list in JSON") from None
 

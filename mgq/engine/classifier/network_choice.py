@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from mgq.engine.classifier.builtin_file import builtin_file
+from mgq.engine.classifier.builtin_file import BuiltinFile, builtin_file
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import attach_backend, open_file
+from mgq.engine.classifier.network_options import NetworkOptions, Usage
 from mgq.errors import InputError, name_in_errors, printable
 from mgq.events import OnProgress, log_progress
 from mgq.export.formats import format_of
@@ -19,55 +19,58 @@ from mgq.machine import load_megengine
 from mgq.quantization.option_names import MEGENGINE, Mode
 from mgq.runtime.registry import AUTO, get_backend
 
-RUNS = Path("runs")
+ANY_NETWORK = NetworkOptions()
+ANY_USAGE = Usage()
+MODES_IN_WORDS = {Mode.NORMAL: "float", Mode.QAT: "fake-quantized", Mode.QUANTIZED: "int8"}
 
 
 def choose_network(
-    arch: str | None = None,
-    checkpoint: Path | None = None,
-    mode: Mode = Mode.QUANTIZED,
-    save: Path = RUNS,
-    pretrained: str | None = None,
-    ranges: Path | None = None,
-    width: float | None = None,
-    image_size: int | None = None,
+    options: NetworkOptions = ANY_NETWORK,
+    mode: Mode | None = None,
+    usage: Usage = ANY_USAGE,
     on_progress: OnProgress = log_progress,
-    target: str | None = None,
-    engine: str | None = None,
-    key: str | None = None,
     start_megengine: Callable[[], None] = load_megengine,
-    few: bool = False,
-    kept: bool = False,
-    threads: int | None = None,
 ) -> Classifier:
-    """The network that these words mean, ready to run.
+    """The network that ``options`` choose in ``mode``, ready to run: by default int8, a deployed file as it is.
 
-    ``checkpoint`` may be a deployed file, which ``engine`` runs. Without any words that say otherwise it is the
-    built-in network. ``start_megengine`` is called before MegEngine is imported.
-    ``few``: no more than a few pictures will be asked about, so that an engine is chosen that starts soon. ``kept``:
-    the built-in network may come from the file that is kept of it, which cannot be written again. ``threads``: of a
-    file's engine, by default one a core. Other words as for
-    :func:`mgq.engine.classifier.open.open_classifier`, which raises what this one does.
+    ``start_megengine`` is called before MegEngine is imported. Raises InputError as
+    :func:`mgq.engine.classifier.open.open_classifier` does, and for a deployed file where an option chooses what
+    cannot be chosen any more.
     """
-    if checkpoint is not None and format_of(checkpoint):
-        if key is not None:
-            raise InputError(f"{printable(checkpoint)} is a finished file with one network: leave out --key")
-        said = {"--target": target, "--ranges": ranges, "--width": width, "--image-size": image_size}
-        return open_finished_file(checkpoint, mode, engine, arch, said, start_megengine, few, threads)
-    plain = (checkpoint, ranges, width, image_size, key)
-    if mode is Mode.QUANTIZED and kept and not any(plain) and target != MEGENGINE and reads_onnx(engine):
-        file = builtin_file(arch, save, pretrained, start_megengine, on_progress)
-        if file is not None:
-            return file.open(engine or AUTO, few, threads)
-    start_for(checkpoint, start_megengine)
+    if options.checkpoint is not None and format_of(options.checkpoint):
+        return open_finished_file(options.checkpoint, options, mode, usage, start_megengine)
+    mode = mode or Mode.QUANTIZED
+    file = find_builtin_file(options, mode, start_megengine, on_progress) if usage.kept else None
+    if file is not None:
+        return file.open(options.engine or AUTO, usage.few, usage.threads)
+    start_for(options.checkpoint, start_megengine)
     from mgq.engine.classifier.open import open_classifier
     from mgq.quantization.activation_ranges import read_ranges
 
-    builder: dict[str, Any] = {} if width is None else {"width": width}
-    found = read_ranges(ranges) if ranges else None
-    words = (arch, checkpoint, mode, save, pretrained or False, found, builder, image_size, on_progress, target, key)
-    classifier = open_classifier(*words)
-    return classifier if engine is None else attach_backend(classifier, engine, threads)
+    classifier = open_classifier(
+        options.arch,
+        options.checkpoint,
+        mode,
+        options.save,
+        options.pretrained or False,
+        read_ranges(options.ranges) if options.ranges else None,
+        {} if options.width is None else {"width": options.width},
+        options.image_size,
+        on_progress,
+        options.target,
+        options.key,
+    )
+    return classifier if options.engine is None else attach_backend(classifier, options.engine, usage.threads)
+
+
+def find_builtin_file(
+    options: NetworkOptions, mode: Mode, start_megengine: Callable[[], None], on_progress: OnProgress
+) -> BuiltinFile | None:
+    """The file that is kept of the built-in network, where ``options`` mean that; else None."""
+    others = (options.checkpoint, options.ranges, options.width, options.image_size, options.key)
+    if mode is not Mode.QUANTIZED or any(others) or options.target == MEGENGINE or not reads_onnx(options.engine):
+        return None
+    return builtin_file(options.arch, options.save, options.pretrained, start_megengine, on_progress)
 
 
 def start_for(path: Path | None, start_megengine: Callable[[], None]) -> None:
@@ -80,24 +83,20 @@ def start_for(path: Path | None, start_megengine: Callable[[], None]) -> None:
 
 
 def open_finished_file(
-    path: Path,
-    mode: Mode,
-    engine: str | None,
-    arch: str | None,
-    said: dict[str, Any],
-    start_megengine: Callable[[], None],
-    few: bool,
-    threads: int | None,
+    path: Path, options: NetworkOptions, mode: Mode | None, usage: Usage, start_megengine: Callable[[], None]
 ) -> Classifier:
-    """The network in a deployed file, for which nothing of what was ``said`` can be chosen any more."""
-    for option, value in said.items():
-        if value is not None:
-            raise InputError(f"{printable(path)} is a finished file: leave out {option}")
+    """The network in a deployed file, of which ``options`` may choose the engine alone."""
+    chosen_before = ("key", "pretrained", "target", "ranges", "width", "image_size")
+    for name in chosen_before:
+        if getattr(options, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{printable(path)} is a finished file: leave out {flag}")
     if format_of(path) == MEGENGINE:
         start_for(path, start_megengine)
-    found = open_file(path, engine or AUTO, threads, arch, few)
-    if mode is Mode.NORMAL and found.mode is not Mode.NORMAL:
-        raise InputError(f"{printable(path)} is int8: leave out -m {mode.value}, or give a float checkpoint")
+    found = open_file(path, options.engine or AUTO, usage.threads, options.arch, usage.few)
+    if mode not in (None, found.mode):
+        its = MODES_IN_WORDS[found.mode]
+        raise InputError(f"{printable(path)} is {its}: leave out -m {mode.value}, or give the checkpoint it is made of")
     return found
 
 

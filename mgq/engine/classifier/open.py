@@ -13,6 +13,7 @@ import numpy as np
 from mgq.engine.classifier.classifier import Classifier as Classifier
 from mgq.engine.classifier.classifier import class_names as class_names
 from mgq.engine.classifier.classifier import versions as versions
+from mgq.engine.classifier.network_options import RUNS
 from mgq.engine.classifier.run_lookup import DEFAULT_ARCH as DEFAULT_ARCH
 from mgq.engine.classifier.run_lookup import RUN_CHECKPOINT as RUN_CHECKPOINT
 from mgq.engine.classifier.run_lookup import describe_unused, find_unused_float_run
@@ -50,7 +51,7 @@ def open_classifier(
     arch: str | None = None,
     checkpoint: Path | None = None,
     mode: Mode = Mode.QUANTIZED,
-    save: Path = Path("runs"),
+    save: Path = RUNS,
     pretrained: bool | str = False,
     ranges: ActivationRanges | None = None,
     options: Mapping[str, Any] | None = None,

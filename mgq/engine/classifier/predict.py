@@ -19,6 +19,7 @@ from mgq.data.transforms import to_batch
 from mgq.deprecation import accept_old_keywords, find_renamed, warn_renamed
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.network_choice import choose_network
+from mgq.engine.classifier.network_options import NetworkOptions, Usage
 from mgq.errors import InputError, plural
 from mgq.events import OnProgress, Progress, log_progress
 from mgq.machine import usable_cores
@@ -169,7 +170,7 @@ def infer(
     images: Sequence[str | Path] = (),
     arch: str | None = None,
     checkpoint: str | Path | None = None,
-    mode: Mode | str = Mode.QUANTIZED,
+    mode: Mode | str | None = None,
     topk: int | None = None,
     on_progress: OnProgress = log_progress,
     key: str | None = None,
@@ -178,21 +179,14 @@ def infer(
     """Classify ``images`` (files, folders, glob patterns; by default the bundled cat) with one network.
 
     The network is chosen as ``mgq infer`` chooses it: ``checkpoint`` (``key``: one of several in it; a deployed file
-    runs in ``engine``), else the newest run of ``arch`` under ``runs/``, else the zoo's pretrained weights; int8 unless
-    ``mode`` says otherwise. Returns one :class:`Prediction` for each image, in order. Raises InputError where there is
-    no such network.
+    runs in ``engine``), else the newest run of ``arch`` under ``runs/``, else the zoo's pretrained weights. ``mode`` is
+    int8, or what a deployed file is in, unless it is given. Returns one :class:`Prediction` for each image, in order.
+    Raises InputError where there is no such network.
     """
     sources = expand([str(image) for image in images] or [str(bundled_cat())])
-    classifier = choose_network(
-        arch,
-        Path(checkpoint) if checkpoint is not None else None,
-        mode if isinstance(mode, Mode) else parse_mode(mode),
-        on_progress=on_progress,
-        engine=engine,
-        key=key,
-        few=len(sources) <= FEW,
-        kept=True,
-    )
+    options = NetworkOptions(arch, Path(checkpoint) if checkpoint is not None else None, key, engine=engine)
+    usage = Usage(few=len(sources) <= FEW, kept=True)
+    classifier = choose_network(options, parse_mode(mode) if mode is not None else None, usage, on_progress)
     found = []
     for answer in predict(classifier, sources, topk):
         found.append(answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mgq.errors import printable
@@ -43,7 +43,13 @@ def find_newer_run(mode: Mode, save: Path) -> Path | None:
 
 
 def describe_unused_runs(arch: str | None, mode: Mode, save: Path) -> list[str]:
-    """What is said of runs under ``save`` that a command passes over, a line each.
+    """What is said of runs under ``save`` that a command passes over, a line each: of those that
+    :func:`describe_others` names."""
+    return [f"not used: {line}" for line in describe_others(arch, mode, save)]
+
+
+def describe_others(arch: str | None, mode: Mode, save: Path) -> list[str]:
+    """What makes something of the runs under ``save`` that are not what ``arch`` and ``mode`` mean, a phrase each.
 
     Such is a float run of ``arch``, where that has no other and ``mode`` takes other weights; and the newest run, where
     no ``arch`` was chosen and that is none of ``DEFAULT_ARCH``.
@@ -53,7 +59,21 @@ def describe_unused_runs(arch: str | None, mode: Mode, save: Path) -> list[str]:
         found.append(describe_unused(run, spec))
     if arch is None and (newer := find_newer_run(mode, save)) is not None:
         found.append(describe_newer(newer))
-    return [f"not used: {line}" for line in found]
+    return found
+
+
+def describe_lack(arch: str | None, modes: Sequence[Mode], save: Path) -> str:
+    """Why no run of ``arch`` under ``save`` can serve one of ``modes``, as the end of a sentence about that folder;
+    empty where one can."""
+    spec = spec_of(arch or DEFAULT_ARCH)
+    if any(find_newest_run(spec, mode, save) for mode in modes):
+        return ""
+    if (save / RUN_CHECKPOINT).is_file():
+        return f"is a run itself: pass -c {printable(save / RUN_CHECKPOINT)}, or the folder that it lies in"
+    others = [phrase for mode in modes for phrase in describe_others(arch, mode, save)]
+    verb = "train" if Mode.NORMAL in modes else "qat"
+    mend = others[0] if others else f"`mgq {verb} -a {shlex.quote(spec.typed)}` makes one, or leave the option out"
+    return f"has no run of {spec.name} that can serve: {mend}"
 
 
 def describe_newer(run: Path) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -24,7 +25,7 @@ from mgq.errors import InputError, printable
 from mgq.io.append import append_whole, drop_torn_line
 from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, explain_write_errors, write_text_atomically
 from mgq.io.limited_io import bytes_of
-from mgq.io.locks import take_lock
+from mgq.io.locks import drop_lock, take_lock
 
 if TYPE_CHECKING:
     import filelock
@@ -172,6 +173,21 @@ class RunFolder:
             return str(error)
         return write_curves(self.path / CURVES, metrics, title, marks)
 
+    @contextlib.contextmanager
+    def whole_or_nothing(self) -> Iterator[None]:
+        """Takes the folder away again where the block fails or is interrupted, and puts the earlier run back: for what
+        is worth nothing before all of it is written."""
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)  # the error under way says more
+            if self.kept is not None:
+                with contextlib.suppress(OSError):
+                    self.kept.rename(self.path)
+            if self._lock is not None:
+                drop_lock(self._lock)
+            raise
+
     def close(self) -> None:
         """Release the lock of the folder. To be called when all is written; a second call does nothing."""
         if self._lock is not None:
@@ -255,5 +271,5 @@ def _releasing_on_error(lock: filelock.BaseFileLock) -> Iterator[filelock.BaseFi
     try:
         yield lock
     except BaseException:
-        lock.release()
+        drop_lock(lock)
         raise

@@ -110,7 +110,8 @@ def resolve_network(train_options: TrainOptions, changes: dict[str, Any]) -> tup
         changes.pop("options", None)
     if train_options.checkpoint is None:
         return spec_of(arch or DEFAULT_ARCH), None
-    weights = read_weights(train_options.checkpoint, spec_of(arch) if arch else None, key=train_options.key)
+    spec = spec_of(arch) if arch else None
+    weights = read_weights(train_options.checkpoint, spec, key=train_options.key, new_head=train_options.new_head)
     return spec_of(weights.arch), weights
 
 

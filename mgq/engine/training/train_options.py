@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mgq.engine.classifier.network_options import RUNS
 from mgq.engine.distributed.process_group import check_cluster, gpus, runs_on_processor
 from mgq.engine.training.recipe import DISTILLED, SYNTHETIC, Recipe, check_changes, option, read_changes
 from mgq.errors import InputError
@@ -27,7 +28,7 @@ class TrainOptions:
 
     arch: str | None = None
     data: Path | None = None
-    save: Path = Path("runs")
+    save: Path = RUNS
     checkpoint: Path | None = None
     key: str | None = None
     recipe: Path | None = None

@@ -247,22 +247,29 @@ def create_run(job: TrainJob, callbacks: Callbacks) -> Iterator[RunFolder]:
     with RunFolder.create(train_options.save, recipe.arch, recipe.mode, train_options.tensorboard) as run:
         if run.notice:
             callbacks.on_message(run.notice)
-        run.write_recipe(recipe.to_toml())
-        run.note_environment(
-            seed=recipe.seed,
-            weights={
-                "origin": job.initial.origin,
-                "sha256": None if job.initial.state is None else fingerprint(job.initial.state),
-            },
-            train=listing_of(job.sets.train),
-            val=listing_of(job.sets.val),
-            processes=[this_process(train_options.workers)],
-        )
-        if recipe.mode == "qat":
-            assert job.initial.state is not None
-            normal = replace(job.info, mode="normal", origin=job.initial.origin)
-            write_checkpoint(run.path / FLOAT_START, job.initial.state, normal)
+        with run.whole_or_nothing():
+            describe_start(job, run)
         yield run
+
+
+def describe_start(job: TrainJob, run: RunFolder) -> None:
+    """Write the recipe, what else the bits depend on and, for ``qat``, the float network."""
+    recipe = job.recipe
+    run.write_recipe(recipe.to_toml())
+    run.note_environment(
+        seed=recipe.seed,
+        weights={
+            "origin": job.initial.origin,
+            "sha256": None if job.initial.state is None else fingerprint(job.initial.state),
+        },
+        train=listing_of(job.sets.train),
+        val=listing_of(job.sets.val),
+        processes=[this_process(job.train_options.workers)],
+    )
+    if recipe.mode == "qat":
+        assert job.initial.state is not None
+        normal = replace(job.info, mode="normal", origin=job.initial.origin)
+        write_checkpoint(run.path / FLOAT_START, job.initial.state, normal)
 
 
 def name_classes(names: tuple[str, ...], number: int | None) -> tuple[str, ...]:

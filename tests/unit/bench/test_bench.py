@@ -451,7 +451,7 @@ def field_of(monkeypatch: pytest.MonkeyPatch, settings: Settings, *names: str) -
     """What takes part in the contest of ResNet18, engines made up, and the networks built so far."""
     built: list[str] = []
 
-    def fake(network: str, precision: Precision, target: object) -> Any:
+    def fake(network: str, precision: Precision, target: object, save: Path) -> Any:
         built.append(f"{network} {precision.value} {'onnx' if target is ONNX else 'megengine'}")
         return FakeClassifier(built[-1])
 

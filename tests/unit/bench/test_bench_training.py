@@ -121,7 +121,7 @@ def test_each_network_is_trained_in_a_process_of_its_own() -> None:
 def test_a_missing_pytorch_is_one_line_that_says_how_to_get_it(mgq: Mgq, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_peer, "find_spec", lambda name: None)
     assert "--torch-python" in the_error(mgq("bench", "--train", "--against", "torch"))
-    assert "does not run" in the_error(mgq("bench", "--train", "--torch-python", "/nowhere/python"))
+    assert "/nowhere/python does not exist" in the_error(mgq("bench", "--train", "--torch-python", "/nowhere/python"))
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")

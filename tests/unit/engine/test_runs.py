@@ -51,6 +51,32 @@ def test_an_earlier_run_is_kept_under_the_first_free_name(tmp_path: Path) -> Non
     assert "run 2" in (tmp_path / "net.normal" / "log.txt").read_text()
 
 
+def test_what_is_whole_or_nothing_leaves_the_earlier_run_and_no_lock(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with new_run(tmp_path) as run, run.whole_or_nothing():
+            run.write_recipe("half = true")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+    with new_run(tmp_path) as run, run.whole_or_nothing():
+        run.write_recipe("whole = true")
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert [path.name for path in tmp_path.iterdir()] == ["net.normal"]
+    assert (run.path / "recipe.toml").read_text() == "whole = true"
+    with new_run(tmp_path), pytest.raises(InputError, match="another mgq"):
+        new_run(tmp_path)
+
+
+def test_a_run_that_cannot_be_resumed_leaves_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "net.normal").mkdir()
+    with pytest.raises(InputError, match=r"no last\.safetensors"):
+        RunFolder.open(tmp_path, "net", "normal")
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_runs_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
     with new_run(tmp_path) as run:
         run.log("first")

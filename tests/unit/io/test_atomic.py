@@ -16,8 +16,10 @@ import pytest
 
 from mgq.errors import FailureError, InputError, MgqError
 from mgq.io.atomic import (
+    atomic_output,
     atomic_write,
     ensure_writable_folder,
+    refuse_unwritable_folder,
     write_bytes_atomically,
     write_text_atomically,
 )
@@ -326,3 +328,24 @@ for attempt in (
     lines = run_on_small_disk(tmp_path, script, "ro").splitlines()
     assert len(lines) == 3
     assert all(str(tmp_path) in line and "Read-only" in line for line in lines)
+
+
+def test_an_output_has_its_folder_made_and_a_failure_takes_that_away(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    with pytest.raises(KeyboardInterrupt), atomic_output(path):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with atomic_output(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    with pytest.raises(KeyboardInterrupt), atomic_output(tmp_path / "new" / "other" / "file"):
+        raise KeyboardInterrupt
+    assert [found.name for found in (tmp_path / "new").iterdir()] == ["folder"]
+
+
+def test_a_folder_that_is_tried_is_made_by_nobody(tmp_path: Path) -> None:
+    refuse_unwritable_folder(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        refuse_unwritable_folder(tmp_path / "file")

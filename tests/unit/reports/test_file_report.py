@@ -13,6 +13,7 @@ from mgq.data.labelled_folders import evaluation_folder
 from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.evaluate import evaluate
 from mgq.engine.classifier.network_choice import choose_network
+from mgq.engine.classifier.network_options import NetworkOptions
 from mgq.quantization.modes import Mode
 from mgq.reports.contents import FileReport
 from mgq.reports.report import report
@@ -45,7 +46,9 @@ def report_on(file: Path, **words: object) -> FileReport:
 
 def test_the_page_has_the_figures_of_the_file_and_its_wrong_answers(place: Path) -> None:
     written = report_on(place / "net.onnx", data=place, engines=False)
-    expected = evaluate(choose_network(checkpoint=place / "net.onnx", mode=Mode.NORMAL), evaluation_folder(place))
+    expected = evaluate(
+        choose_network(NetworkOptions(checkpoint=place / "net.onnx"), Mode.NORMAL), evaluation_folder(place)
+    )
     assert written.found is not None and written.what == "float32"
     np.testing.assert_array_equal(written.found.last.predictions, expected.predictions)
     wrong = int((expected.predictions != expected.labels).sum())

@@ -203,6 +203,16 @@ class TestMisfits:
         assert one_line_about(message, f"does not fit {SHUFFLE}: it lacks features.2.branch_main_1.1.bn.running_var (")
         assert message.endswith("(30,)")
 
+    def test_a_missing_classifier_is_what_a_new_head_is_for(
+        self, state: State, pickled: Callable[[object], Path]
+    ) -> None:
+        path = pickled({name: value for name, value in state.items() if not name.startswith("classifier")})
+        assert one_line_about(refusal(path, spec_of(SHUFFLE)), f"`mgq train -c {path} --new-head`")
+        weights = read_weights(path, spec_of(SHUFFLE), new_head=True)
+        assert not any(name.startswith("classifier") for name in weights.state)
+        less = {name: value for name, value in state.items() if not name.startswith(("classifier", "first_conv"))}
+        assert "does not fit" in refusal(pickled(less), spec_of(SHUFFLE))
+
     def test_an_unknown_parameter(self, state: State, pickled: Callable[[object], Path]) -> None:
         message = refusal(pickled({**state, "extra.weight": np.zeros((3, 5), np.float32)}), spec_of(SHUFFLE))
         assert message.endswith("it has extra.weight (3, 5)")
