@@ -170,7 +170,9 @@ class BenchCommand(ImportOptions):
         with contextlib.ExitStack() as stack:
             if self.checkpoint is not None or is_own(arch):
                 folder = stack.enter_context(temporary_folder())
-                arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish, self.key)]
+                single = self.batch in (None, 1)
+                own = files_of(arch, self.checkpoint, self.save, folder, wish, self.key, single)
+                arch, files = [], [*files, *own]
             json_file = None if self.json_file in (None, STDOUT) else Path(str(self.json_file))
             return run_benchmark(self.settings(arch, files), json_file, self.plot)
 
@@ -222,10 +224,11 @@ def files_of(
     folder: Path,
     wish: ImportWish | None = None,
     key: str | None = None,
+    single: bool = True,
 ) -> list[Path]:
     """Files in ``folder`` of the network that ``arch`` or ``checkpoint`` names: float, and int8 where it is calibrated.
 
-    Raises InputError where it is not.
+    With ``single`` one picture at a time is all that they have to take. Raises InputError where it is not.
     """
     from mgq.cli.console import note
     from mgq.errors import printable
@@ -250,7 +253,7 @@ def files_of(
     note(f"int8 from {printable(int8)}")
     calibrated = open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save)
     source = given if given != checkpoint else None
-    return write_candidates(normal, calibrated, folder, make_views(normal), source)
+    return write_candidates(normal, calibrated, folder, make_views(normal), source, single)
 
 
 def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str | None, as_markdown: bool) -> None:
