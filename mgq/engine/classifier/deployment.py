@@ -98,7 +98,8 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The int8 file for any engine, both sizes in bytes, the number of images compared, and a row for each engine."""
+    """The int8 file for any engine, both sizes in bytes, the number of images compared, and a row for each engine;
+    ``batch``, how many images were timed at once."""
 
     path: Path
     float_bytes: int
@@ -106,6 +107,7 @@ class Deployment:
     images: int
     threads: int
     rows: tuple[EngineRow, ...]
+    batch: int = 1
 
     @property
     def slower(self) -> tuple[str, ...]:
@@ -224,9 +226,11 @@ def measure_file(
     again with the layers in float that this engine runs sooner so. Raises as the dump does.
     """
     engines = sorted(list_backends(dumped.path), key=lambda engine: engine.key != form)
-    with float_file_of(normal, images, source, read_onnx(dumped.path).shape[0]) as beside:
+    batch = read_onnx(dumped.path).shape[0]
+    with float_file_of(normal, images, source, batch) as beside:
         rows = tuple(measure_or_mend(beside, engine, dumped.path, write, form) for engine in engines)
-        return Deployment(dumped.path, beside.size, dumped.path.stat().st_size, len(images), usable_cores(), rows)
+        size = dumped.path.stat().st_size
+        return Deployment(dumped.path, beside.size, size, len(images), usable_cores(), rows, batch or 1)
 
 
 def measure_or_mend(beside: FloatFile, engine: Backend, path: Path, write: Write, form: str) -> EngineRow:
