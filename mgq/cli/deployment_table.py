@@ -32,8 +32,9 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
         cells = (floats, f"{row.int8_ms:.2f}", faster, f"{row.same:.1f} %", f"{row.snr:.1f} dB")
         table.add_row(f"{row.engine} {row.version}", *cells)
     show_table(table)
+    together = "one picture" if deployment.batch == 1 else plural(deployment.batch, "picture")
     say(
-        f"one picture at a time on {plural(deployment.threads, 'core')}, "
+        f"{together} at a time on {plural(deployment.threads, 'core')}, "
         f"{plural(deployment.images, 'picture')} compared; "
         f"{format_size(deployment.float_bytes)} float, {format_size(deployment.int8_bytes)} int8"
     )

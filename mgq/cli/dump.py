@@ -160,7 +160,8 @@ class DumpCommand(NetworkCommand):
         images = find_images(classifier, self.data) if self.data is not None and compared else None
         dumped = write_file(classifier, wanted, out)
         is_timed = self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared
-        timed = measure_speed(classifier, dumped, images, wanted) if is_timed else None
+        source = self.checkpoint if self.checkpoint != checkpoint else None
+        timed = measure_speed(classifier, dumped, images, wanted, source) if is_timed else None
         dumped = replace(dumped, size=dumped.path.stat().st_size)  # written again where an engine runs that sooner
         say_file(classifier, dumped, wanted, out)
         if dumped.format == "onnx" and compared:
@@ -362,9 +363,14 @@ def show_float_size(classifier: Classifier, int8: Dump, wanted: FileOptions, to:
 
 
 def measure_speed(
-    classifier: Classifier, dumped: Dump, images: npt.NDArray[np.uint8] | None, wanted: FileOptions
+    classifier: Classifier,
+    dumped: Dump,
+    images: npt.NDArray[np.uint8] | None,
+    wanted: FileOptions,
+    source: Path | None = None,
 ) -> Deployment:
-    """Compare the speed of an imported network in int8 and in float32, in each engine.
+    """Compare the speed of an imported network in int8 and in float32, in each engine. Float is the ``source`` that it
+    was imported from, where that is given and faster.
 
     A file for one engine is written again where that runs it sooner with some layers in float, unless it was tuned.
     """
@@ -379,7 +385,7 @@ def measure_speed(
     images = make_views(classifier) if images is None else images
     form = ANY_ENGINE if wanted.tune else wanted.engine
     note("timing int8 beside float in each engine")
-    return measure_file(to_float(classifier), dumped, images, write, form)
+    return measure_file(to_float(classifier), dumped, images, write, form, source)
 
 
 def show_speed(found: Deployment, wanted: FileOptions) -> None:

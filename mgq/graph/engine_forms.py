@@ -14,6 +14,7 @@ from operator import is_
 from types import MappingProxyType
 
 from mgq.graph.channel_widening import widen_channels
+from mgq.graph.joined_axes import join_leading_axes
 from mgq.graph.layer_graph import (
     UINT8_MAX,
     Convolution,
@@ -46,7 +47,8 @@ def adapt_to_engine(graph: Graph, engine: str, float_share: float = 0.0) -> Grap
 
     ``float_share``, where it is not 0: see :func:`leave_small_layers_in_float`.
     """
-    return FORMS[engine](leave_small_layers_in_float(graph, float_share) if float_share else graph)
+    formed = FORMS[engine](leave_small_layers_in_float(graph, float_share) if float_share else graph)
+    return join_leading_axes(formed)
 
 
 def leave_small_layers_in_float(graph: Graph, share: float) -> Graph:
@@ -297,3 +299,7 @@ FORMS: Mapping[str, Callable[[Graph], Graph]] = MappingProxyType(
     }
 )
 """Key of an engine -> what changes a graph for it; ``any`` is no slower than float32 in each."""
+
+FIXED_BATCHES: Mapping[str, int] = MappingProxyType({FOR_OPENVINO: 1})
+"""Key of an engine -> the pictures that its own file takes at a time, where it runs that sooner than one for any
+number: OpenVINO joins more layers to a kernel, and moves less, where it knows all sizes."""

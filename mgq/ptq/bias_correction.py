@@ -69,6 +69,12 @@ def shift_bias(module: M.Module, correction: Values) -> tuple[float, ...]:
     return added
 
 
+def find_last_linear(network: M.Module) -> tuple[str, M.Module] | None:
+    """The name of the last linear layer of ``network``, and that layer; None where there is none, or it has no bias."""
+    linear = [(name, module) for name, module in network.named_modules() if isinstance(module, M.Linear)]
+    return linear[-1] if linear and linear[-1][1].bias is not None else None
+
+
 def correct_rounding_shifts(
     watched: M.Module,
     network: M.Module,

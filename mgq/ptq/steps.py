@@ -20,7 +20,7 @@ from megengine.quantization.quantize import disable_fake_quant, disable_observer
 
 from mgq.errors import FailureError, plural
 from mgq.graph.network_reader import graph_of
-from mgq.ptq.bias_correction import BiasCorrection, correct_rounding_shifts, shift_bias
+from mgq.ptq.bias_correction import BiasCorrection, correct_rounding_shifts, find_last_linear, shift_bias
 from mgq.ptq.channel_mixing import find_linear_tensors, mix_channels
 from mgq.ptq.channel_statistics import IMAGE_SIZE, Statistics, trace_expected_statistics
 from mgq.ptq.data_free import correct_expected_bias, expect_ranges
@@ -517,10 +517,10 @@ class CorrectLogits:
 
     def apply(self, draft: Draft) -> Draft:
         watched = draft.copy_watched()
-        linear = [(name, module) for name, module in watched.named_modules() if isinstance(module, M.Linear)]
-        name, classifier = linear[-1] if linear else ("", None)
-        if classifier is None or classifier.bias is None:
+        linear = find_last_linear(watched)
+        if linear is None:
             return draft
+        name, classifier = linear
         images = draft.images[:LAYERWISE_IMAGES]
         answers = logits_of(watched, images) if draft.known.answers is None else draft.known.answers
         shift = (draft.logits[: len(answers)] - answers).mean(axis=0)

@@ -113,7 +113,7 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     if labelled is not None and comparison is None:
         comparison = compare(classifier, result.classifier, labelled, options, callbacks)
     report_advice(classifier, labelled, comparison, callbacks)
-    deployment = deploy_imported(classifier, result, labelled or found.sources, checkpoint.parent, options)
+    deployment = deploy_imported(classifier, result, found.sources, labelled, checkpoint.parent, options)
     return CalibrationResult(
         result, checkpoint, comparison, mixed, found.name, found.why_not, classifier.origin, deployment
     )
@@ -132,16 +132,20 @@ def report_advice(
 def deploy_imported(
     classifier: Classifier,
     result: Calibration,
-    images: Sequence[Source] | Dataset | None,
+    sources: Sequence[Source] | Dataset | None,
+    labelled: Dataset | None,
     folder: Path,
     options: CalibrateOptions,
 ) -> Deployment | None:
-    """An int8 file of an imported network in ``folder``, measured; None of others, and without ``images``."""
-    if images is None or not classifier.spec.is_described:
+    """An int8 file of an imported network in ``folder``, measured on the ``labelled`` images, else on those of
+    ``sources`` that it was calibrated on; None of other networks, and without images."""
+    if sources is None or not classifier.spec.is_described:
         return None
     file = folder / f"{classifier.spec.name}.int8.onnx"
-    crops = read_some_crops(classifier, images)
-    return deploy(classifier, result.classifier, file, crops, options.keep_input, options.source)
+    fit = read_some_crops(classifier, sources if isinstance(sources, Sequence) else subset(sources, options.images))
+    images = fit if labelled is None else read_some_crops(classifier, labelled)
+    wanted = None if options.data_free else fit
+    return deploy(classifier, result.classifier, file, images, options.keep_input, options.source, wanted)
 
 
 def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Classifier:

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,21 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.engine.classifier.dump import Dump, dump_classifier, source_of
+from mgq.engine.classifier.engine_file import EngineFileWriter, FloatAnswers
 from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, convert
 from mgq.engine.classifier.parity import list_backends
 from mgq.errors import MgqError
+from mgq.export.onnx.onnx_file import read_onnx
 from mgq.export.onnx.pixel_file import write_pixel_file
 from mgq.export.onnx.writer import plain_graph
-from mgq.graph.engine_forms import FORMS, adapt_to_engine
+from mgq.graph.engine_forms import FIXED_BATCHES, FORMS, adapt_to_engine
 from mgq.io.temporary_folders import temporary_folder
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import ANY_ENGINE
-from mgq.runtime.protocol import BatchRuntime, run_in_batches
+from mgq.runtime.protocol import BatchRuntime, batches_of, run_in_batches
 from mgq.runtime.registry import Backend
 
 ROUNDS, SECONDS = 60, (0.5, 3.0)
@@ -47,9 +48,9 @@ TRIED_SHARES = 0.25, 0.5, 0.625, 0.75, 0.9
 """Shares of the layers with weights that are tried in float32 there."""
 
 Images = npt.NDArray[np.uint8]
-Write = Callable[..., Dump]
+Write = Callable[..., object]
 """Writes a network to ``path`` with a ``float_share``: :func:`mgq.engine.classifier.dump.dump_classifier` with its
-other arguments."""
+other arguments, or :meth:`EngineFileWriter.write`."""
 
 
 def is_slow(speedup: float | None) -> bool:
@@ -97,7 +98,8 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The int8 file for any engine, both sizes in bytes, the number of images compared, and a row for each engine."""
+    """The int8 file for any engine, both sizes in bytes, the number of images compared, and a row for each engine;
+    ``batch``, how many images were timed at once."""
 
     path: Path
     float_bytes: int
@@ -105,6 +107,7 @@ class Deployment:
     images: int
     threads: int
     rows: tuple[EngineRow, ...]
+    batch: int = 1
 
     @property
     def slower(self) -> tuple[str, ...]:
@@ -165,10 +168,15 @@ class FloatFile:
 
 
 @contextlib.contextmanager
-def float_file_of(normal: Classifier, images: Images, source: Path | None = None) -> Iterator[FloatFile]:
-    """A float file of ``normal`` for a while, and the ``source`` that it was imported from. Raises as the dump does."""
+def float_file_of(
+    normal: Classifier, images: Images, source: Path | None = None, batch: int | None = 1
+) -> Iterator[FloatFile]:
+    """A float file of ``normal`` for ``batch`` pictures for a while, and the ``source`` that it was imported from.
+
+    Raises as the dump does.
+    """
     with temporary_folder() as folder:
-        dumped = dump_classifier(normal, folder / "float.onnx", batch=None)
+        dumped = dump_classifier(normal, folder / "float.onnx", batch=batch)
         own = write_own_file(normal, images, source, folder / "own.onnx")
         yield FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images, own)
 
@@ -191,31 +199,44 @@ def deploy(
     images: Images,
     keep_input: bool = False,
     source: Path | None = None,
+    fit: Images | None = None,
 ) -> Deployment:
     """Write the int8 network to the ``.onnx`` file ``path``, and measure it beside a float file of ``normal``.
 
     Where an engine runs another form of it sooner, that lies in a file beside it, whose name has the engine's in it.
-    ``images``: uint8 (N, 3, H, W), as the networks see them. ``keep_input`` is as for the dump. Float is the faster of
-    that file and of ``source``, which ``normal`` was imported from. Raises as the dump does.
+    ``images``: uint8 (N, 3, H, W), as the networks see them, by which files are compared; ``fit``: the same, by which
+    the logits of such a form are corrected. ``keep_input`` is as for the dump. Float is the faster of that file and of
+    ``source``, which ``normal`` was imported from. The float file, and that of an engine in ``FIXED_BATCHES``, takes a
+    picture at a time; that at ``path`` takes any number. Raises as the dump does.
     """
     int8 = convert(int8, Mode.QUANTIZED)
     dumped = dump_classifier(int8, path, batch=None, keep_input=keep_input)
+    wanted = None if fit is None else FloatAnswers(fit, normal_logits(normal, fit))
     with float_file_of(normal, images, source) as beside:
-        rows = tuple(measure_forms(beside, int8, path, engine, keep_input) for engine in list_backends(path))
+        writers = [
+            EngineFileWriter(int8, engine, keep_input, None if keep_input else FIXED_BATCHES.get(engine.key), wanted)
+            for engine in list_backends(path)
+        ]
+        rows = tuple(measure_forms(beside, path, writer) for writer in writers)
         drop_slower_forms(path, rows)
         return Deployment(path, beside.size, dumped.size, len(images), usable_cores(), rows)
 
 
-def measure_file(normal: Classifier, dumped: Dump, images: Images, write: Write, form: str) -> Deployment:
-    """An int8 file that is there already beside a float one of ``normal``.
+def measure_file(
+    normal: Classifier, dumped: Dump, images: Images, write: Write, form: str, source: Path | None = None
+) -> Deployment:
+    """An int8 file that is there already beside a float one of ``normal``, or beside ``source``, which that was
+    imported from, where an engine runs it sooner.
 
     ``write`` made it in the ``form`` for an engine. Where int8 in all layers is hardly faster there, it is written
     again with the layers in float that this engine runs sooner so. Raises as the dump does.
     """
     engines = sorted(list_backends(dumped.path), key=lambda engine: engine.key != form)
-    with float_file_of(normal, images) as beside:
+    batch = read_onnx(dumped.path).shape[0]
+    with float_file_of(normal, images, source, batch) as beside:
         rows = tuple(measure_or_mend(beside, engine, dumped.path, write, form) for engine in engines)
-        return Deployment(dumped.path, beside.size, dumped.path.stat().st_size, len(images), usable_cores(), rows)
+        size = dumped.path.stat().st_size
+        return Deployment(dumped.path, beside.size, size, len(images), usable_cores(), rows, batch or 1)
 
 
 def measure_or_mend(beside: FloatFile, engine: Backend, path: Path, write: Write, form: str) -> EngineRow:
@@ -223,15 +244,13 @@ def measure_or_mend(beside: FloatFile, engine: Backend, path: Path, write: Write
     return try_float_layers(beside, row, engine, path, write) if engine.key == form else row
 
 
-def measure_forms(
-    beside: FloatFile, int8: Classifier, path: Path, engine: Backend, keep_input: bool = False
-) -> EngineRow:
-    """The fastest of the forms of ``int8`` in ``engine``, which lies at ``path`` or beside it."""
-    row = engine_row(engine, beside, [path, *write_engine_form(int8, path, engine.key, keep_input)])
+def measure_forms(beside: FloatFile, path: Path, writer: EngineFileWriter) -> EngineRow:
+    """The fastest of the forms of an int8 network in the engine of ``writer``, which lies at ``path`` or beside it."""
+    engine = writer.engine
     if engine.key not in FORMS:
-        return row
-    write = partial(dump_classifier, int8, batch=None, engine=engine.key, keep_input=keep_input)
-    return try_float_layers(beside, row, engine, name_form(path, engine.key), write)
+        return engine_row(engine, beside, [path])
+    row = engine_row(engine, beside, [path, *write_engine_form(writer, name_form(path, engine.key))])
+    return try_float_layers(beside, row, engine, name_form(path, engine.key), writer.write)
 
 
 def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: Path, write: Write) -> EngineRow:
@@ -264,22 +283,21 @@ def write_candidates(
     Raises as the dump does.
     """
     name = normal.spec.name
-    floats = dump_classifier(normal, folder / f"{name}.float.onnx", batch=None).path
+    floats = dump_classifier(normal, folder / f"{name}.float.onnx").path
     own = write_own_file(normal, images, source, folder / f"{name}.imported.onnx")
     files = deploy(normal, int8, folder / f"{name}.int8.onnx", images, source=source).files
     return [floats, *([own] if own else []), *files]
 
 
-def write_engine_form(int8: Classifier, path: Path, engine: str, keep_input: bool = False) -> list[Path]:
-    """The network in the form for the ``engine``, in a file beside ``path``; none where it needs no other form."""
-    if engine not in FORMS:
-        return []
-    beside = name_form(path, engine)
+def write_engine_form(writer: EngineFileWriter, beside: Path) -> list[Path]:
+    """The network in the form for an engine, in the file ``beside``; none where it needs no other for any number of
+    pictures."""
+    int8 = writer.int8
     graph = adapt_to_engine(plain_graph(source_of(int8), int8.image_size), ANY_ENGINE)
-    if adapt_to_engine(graph, engine) is graph:
+    if writer.batch is None and adapt_to_engine(graph, writer.engine.key) is graph:
         beside.unlink(missing_ok=True)  # of another network that lay here
         return []
-    return [dump_classifier(int8, beside, batch=None, engine=engine, keep_input=keep_input).path]
+    return [writer.write(beside)]
 
 
 def name_form(path: Path, engine: str) -> Path:
@@ -329,17 +347,19 @@ def engine_row(engine: Backend, beside: FloatFile, integers: Sequence[Path]) -> 
 
 
 def milliseconds(runtimes: Sequence[BatchRuntime], image: Images) -> list[float]:
-    """The median time of each of ``runtimes`` for an image, in milliseconds; they run in turns."""
-    for runtime in runtimes:
+    """The median time of each of ``runtimes`` for an image, in milliseconds; they run in turns, each the number of
+    images that it takes."""
+    batches = [batches_of(runtime.batch or 1, image)[0] for runtime in runtimes]
+    for runtime, batch in zip(runtimes, batches, strict=True):
         for _ in range(WARM_UP):
-            runtime.run(image)
+            runtime.run(batch)
     taken: list[list[float]] = [[] for _ in runtimes]
     begin, (least, most) = time.perf_counter(), SECONDS
     while True:
-        for runtime, turns in zip(runtimes, taken, strict=True):
+        for runtime, batch, turns in zip(runtimes, batches, taken, strict=True):
             start = time.perf_counter()
-            runtime.run(image)
-            turns.append((time.perf_counter() - start) * 1e3)
+            runtime.run(batch)
+            turns.append((time.perf_counter() - start) * 1e3 / len(batch))
         seconds = time.perf_counter() - begin
         if seconds > most or (seconds > least and len(taken[0]) >= ROUNDS):
             return [statistics.median(turns) for turns in taken]

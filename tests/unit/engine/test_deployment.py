@@ -22,7 +22,10 @@ from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.runtime.protocol import run_in_batches
 from mgq.runtime.registry import load
+from mgq.zoo.network_state import state_of
+from mgq.zoo.weight_loading import fingerprint
 from tests.conftest import Mgq
+from tests.fakes.foreign_int8 import int8_of
 from tests.fakes.foreign_models import write
 from tests.fakes.measured_ranges import measure_ranges
 
@@ -146,6 +149,69 @@ def test_float_is_the_faster_of_its_files(
     assert {(row.float_ms, row.is_own_float) for row in rows} == {(float_ms, own_ms < FLOAT_MS)}
     rows = [row for row in deploy(*networks[:2], tmp_path / "b.onnx", networks[2]).rows if row.float_ms is not None]
     assert {(row.float_ms, row.is_own_float) for row in rows} == {(FLOAT_MS, False)}
+
+
+def test_dump_measures_the_imported_file_too(
+    networks: tuple[Classifier, Classifier, Any], tmp_path: Path, mgq: Mgq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def milliseconds(runtimes: Sequence[Any], _: Any) -> list[float]:
+        return [0.7 if runtime.about else 0.4 for runtime in runtimes]
+
+    monkeypatch.setattr(deployment, "milliseconds", milliseconds)
+    source, network = write(tmp_path / "small.onnx", "swishes"), networks[0].network
+    weights = fingerprint(state_of(network))
+    ranges = measure_ranges(network, [networks[2]], networks[0].spec.name, weights, {}, correct_bias=False, target=ONNX)
+    (tmp_path / "ranges.json").write_text(ranges.to_json())
+    said = mgq("dump", "-c", source, "--ranges", tmp_path / "ranges.json", "-o", "own.onnx")
+    assert said.code == 0, said
+    assert "float is the imported file itself" in said.err and "run the imported file there" in said.err
+
+
+def test_the_file_for_openvino_takes_a_picture_at_a_time(
+    networks: tuple[Classifier, Classifier, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int | None]] = []
+
+    def milliseconds(runtimes: Sequence[Any], _: Any) -> list[float]:
+        batches.append([runtime.batch for runtime in runtimes])
+        return [0.5 if runtime.about.get("engine") == "openvino" else FLOAT_MS for runtime in runtimes]
+
+    monkeypatch.setattr(deployment, "milliseconds", milliseconds)
+    path = tmp_path / "small.int8.onnx"
+    found = {row.engine: row.path for row in deploy(*networks[:2], path, networks[2]).rows}
+    assert load(found["OpenVINO"], "openvino").batch == 1
+    assert load(path, "openvino").batch is None
+    assert [None, 1, 1] in batches  # the file for any engine, that for this one, and float
+
+
+def test_a_network_that_needs_no_other_form_has_a_file_of_fixed_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "plain.onnx", "plain")
+    normal, int8 = import_classifier(source, ImportWish(preprocess="torch"), "")[0], int8_of(source, "torch")
+    monkeypatch.setattr(deployment, "milliseconds", lambda runtimes, _: [2.0 - (r.batch or 0) for r in runtimes])
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    found = {row.engine: row.path.name for row in deploy(normal, int8, tmp_path / "plain.int8.onnx", images).rows}
+    assert found["OpenVINO"] == "plain.int8.openvino.onnx"
+
+
+def test_files_of_several_pictures_are_timed_by_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(deployment, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    runtimes = [SimpleNamespace(batch=batch, run=lambda given: runs.append(len(given))) for batch in (None, 1, 4)]
+    each = deployment.milliseconds(runtimes, np.zeros((1, 3, 8, 8), np.uint8))
+    assert each == [1e3, 1e3, 250.0]
+    assert runs.count(4) * 2 == runs.count(1)
+
+
+def test_an_imported_network_is_dumped_for_several_pictures_at_a_time(
+    networks: tuple[Classifier, Classifier, Any], mgq: Mgq
+) -> None:
+    networks[1].write_checkpoint(Path("int8.safetensors"))
+    said = mgq("dump", "-c", "int8.safetensors", "--batch", "3", "-o", "three.onnx")
+    assert said.code == 0, said
+    assert "3 pictures at a time" in said.out and load(Path("three.onnx"), "openvino").batch == 3
 
 
 def test_what_a_dump_says_is_of_the_file_that_it_leaves(
