@@ -106,6 +106,12 @@ def triangles(model: Model) -> str:
     return model.add("Trilu", model.add("Trilu", first(model), upper=0), integers(model, -2), upper=1)
 
 
+def even_shares(model: Model) -> str:
+    """As in a network that was not trained: all of them fill their grid."""
+    small = model.conv(model.add("Mul", "image", model.constant(1e-5)), 3, 8, pads=[1] * 4, strides=[2, 2])
+    return model.add("Mul", model.add("Softmax", small, axis=3), model.add("Relu", first(model)))
+
+
 def directions(model: Model) -> str:
     """As PyTorch's ``normalize`` writes them: the shortest vectors are a thousandth of the longest."""
     sizes = np.logspace(-3, 0, 256, dtype=np.float32).reshape(1, 1, 16, 16)
@@ -278,6 +284,7 @@ BODIES: tuple[Body, ...] = (
         averages_beside_zeros,
         windows_that_hang_over,
         directions,
+        even_shares,
     ),
     *(volumes, norm_of_tokens, transposed_convolutions, put_together, tokens_beside_one),
 )
