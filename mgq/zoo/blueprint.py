@@ -45,6 +45,10 @@ LEAST_OF = {
     "softplus": 0.0,
 }
 """The lowest output of each activation."""
+LIGHT = INTEGER - WEIGHTED
+"""Those without weights: between layers in float they gain nothing by integers, and lose what rounding takes."""
+IN_FLOAT = "in_float"
+"""The option of a layer that stays in float, though its kind has int8 kernels."""
 FLOORS = {"hard_swish": -3.0, "silu": -6.0, "gelu": -3.0}
 """Activations of which what is below makes no difference: exactly none, at most 0.015 and 0.004."""
 
@@ -103,16 +107,54 @@ class Blueprint:
         return frozenset(made)
 
     def _pays(self, layer: LayerPlan, wanted_by: set[str]) -> bool:
-        return layer.kind in INTEGER or bool(wanted_by & INTEGER)
+        return is_integer(layer) or bool(wanted_by & INTEGER)
 
     def _list_reader_kinds(self) -> dict[str, set[str]]:
-        """Name of a tensor -> the kinds of the layers that read it, moved or not."""
+        """Name of a tensor -> the kinds of the layers that read it, moved or not; ``IN_FLOAT`` for those that stay in
+        float."""
+        readers, known = self._find_readers(), {layer.name: layer for layer in self.layers}
+        return {
+            name: {IN_FLOAT if known[reader].options.get(IN_FLOAT) else known[reader].kind for reader in reading}
+            for name, reading in readers.items()
+        }
+
+    def _find_readers(self) -> dict[str, set[str]]:
+        """Name of a tensor -> the names of the layers that read it, moved or not."""
         found: dict[str, set[str]] = {INPUT: set(), **{layer.name: set() for layer in self.layers}}
         for layer in reversed(self.layers):
-            kinds = found[layer.name] if layer.kind in MOVES else {layer.kind}
+            reading = found[layer.name] if layer.kind in MOVES else {layer.name}
             for name in layer.inputs:
-                found[name] |= kinds
+                found[name] |= reading
         return found
+
+    def _find_makers(self) -> dict[str, set[str]]:
+        """Name of a tensor -> the names of the layers, or ``INPUT``, that made what was moved there."""
+        found: dict[str, set[str]] = {INPUT: {INPUT}}
+        for layer in self.layers:
+            is_move = layer.kind in MOVES
+            found[layer.name] = set().union(*(found[name] for name in layer.inputs)) if is_move else {layer.name}
+        return found
+
+    def with_float_islands(self) -> Blueprint:
+        """The same, where layers without weights stay in float if those around them do: such as the length of a vector
+        on its way to a division, which is small, and 0 on a grid that has to hold larger ones."""
+        readers, makers = self._find_readers(), self._find_makers()
+        in_float = {layer.name for layer in self.layers if not is_integer(layer)}
+        inside = [layer for layer in self.layers if layer.kind in LIGHT]
+        while True:
+            free = in_float | {layer.name for layer in inside}
+            kept = [
+                layer
+                for layer in inside
+                if readers[layer.name] <= free
+                and (is_square(layer) or all(makers[name] <= free for name in layer.inputs))
+            ]
+            if len(kept) == len(inside):
+                break
+            inside = kept
+        names = {layer.name for layer in inside}
+        layers = (layer.with_options(**{IN_FLOAT: True}) if layer.name in names else layer for layer in self.layers)
+        return replace(self, layers=tuple(layers))
 
     def with_floors(self) -> Blueprint:
         """The same, whose layers on grids of their own know where these may begin (``floor``): convolutions where what
@@ -143,6 +185,16 @@ class Blueprint:
         for layer in self.layers:
             low[layer.name] = bound_below(layer, [low[name] for name in layer.inputs])
         return low
+
+
+def is_integer(layer: LayerPlan) -> bool:
+    """Whether ``layer`` reads and gives integers in an int8 network."""
+    return layer.kind in INTEGER and not layer.options.get(IN_FLOAT)
+
+
+def is_square(layer: LayerPlan) -> bool:
+    """Whether ``layer`` multiplies a tensor by itself: twice as many bits as there are."""
+    return layer.kind == "mul" and len(set(layer.inputs)) == 1
 
 
 def border_values(options: Mapping[str, Any]) -> tuple[float, ...]:

@@ -17,11 +17,12 @@ from mgq.data.transforms import to_batch
 from mgq.engine.classifier.open import Classifier
 from mgq.engine.classifier.predict import BATCH
 from mgq.export.onnx.onnx_file import import_package
+from mgq.graph.network_reader import find_quant_params
 from mgq.io.temporary_folders import temporary_folder
 from mgq.ptq.range_measurement import as_input
 from mgq.quantization.modes import Mode
 from mgq.quantization.qat_layers import find_quantized_layers
-from mgq.quantization.targets import MEGENGINE, is_never_negative
+from mgq.quantization.targets import MEGENGINE
 from mgq.runtime.protocol import batches_of, run_in_batches
 from mgq.runtime.registry import BACKENDS, Backend
 from mgq.zoo.layers import forward_hooks
@@ -119,12 +120,12 @@ def measure_layer_parity(engine: Backend, path: Path, network: M.Module, images:
         name = names[id(module)]
         if name not in shown:
             return None
-        scale = float(module.act_observer.get_qparams().scale.numpy())
+        grid = find_quant_params(module)
         own = shown[name][:, : output._tuple_shape[1]]  # what is widened for an engine has more channels
-        integers = own.astype(np.int32) - (0 if is_never_negative(module) else 128)
-        steps = np.abs(integers.reshape(output._tuple_shape) - np.rint(output.numpy() / scale)).astype(np.int32)
+        integers = own.astype(np.int32) - grid.zero_point
+        steps = np.abs(integers.reshape(output._tuple_shape) - np.rint(output.numpy() / grid.scale)).astype(np.int32)
         found.append(LayerParity(name, int(steps.max()), float((steps > 0).mean()), steps.size))
-        exact = Tensor((integers * np.float32(scale)).astype(np.float32).reshape(output._tuple_shape))
+        exact = Tensor((integers * np.float32(grid.scale)).astype(np.float32).reshape(output._tuple_shape))
         exact.qparams.update(output.qparams)
         return exact
 

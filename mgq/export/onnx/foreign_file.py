@@ -25,6 +25,8 @@ MOST_BYTES = (1 << 31) - 1
 """Of a file, and of the data beside it: ONNX's own limit."""
 OPSETS = range(7, 23)
 FLOAT, UINT8 = 1, 2
+OTHER_NAMES = {"double": "float64", "undefined": "numbers of no kind"}
+"""Of ONNX's types, where they are not called as in NumPy."""
 CHANNELS = (1, 3)
 MOST_PICTURES = 256
 """That a file may take at once: so many are run through it."""
@@ -178,8 +180,10 @@ def refuse_untranslated(model: Any) -> None:
 
 
 def refuse_no_pictures(inputs: Sequence[Any]) -> None:
-    """Raise InputError where the only one of ``inputs`` has too few axes for pictures."""
-    if len(inputs) == 1 and inputs[0].type.tensor_type.HasField("shape"):
+    """Raise InputError where the only one of ``inputs`` has too few axes for pictures, or does not say them."""
+    if len(inputs) == 1:
+        if not inputs[0].type.tensor_type.HasField("shape"):
+            raise InputError("does not say the shape of its input: write it again with shapes, such as Nx3x224x224")
         axes = len(inputs[0].type.tensor_type.shape.dim)
         if axes != 4:
             raise InputError(f"takes {plural(axes, 'axis')}, not pictures (N, C, H, W): give a classifier of pictures")
@@ -204,7 +208,8 @@ def image_shape(value: Any, size: tuple[int, int] | None) -> tuple[tuple[int, ..
     """The shape of the input ``value`` for one picture, and whether its channels come last."""
     kind = value.type.tensor_type
     if kind.elem_type not in (FLOAT, UINT8):
-        raise InputError("takes neither float32 nor uint8 pictures: give a float classifier")
+        named = import_package("onnx").TensorProto.DataType.Name(kind.elem_type).lower()
+        raise InputError(f"takes pictures as {OTHER_NAMES.get(named, named)}: export it for float32 or uint8 ones")
     axes = [size_of(axis) for axis in kind.shape.dim]
     if len(axes) != 4:
         raise InputError(f"takes {plural(len(axes), 'axis')}, not pictures (N, C, H, W): give a classifier of pictures")

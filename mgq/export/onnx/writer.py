@@ -374,7 +374,7 @@ class Writer:
         elif node.kind == "concat" and self.is_on_one_grid(node):
             self.write_joined_integers(node)
         elif not node.moves and node.kind != "limit":
-            self.finish(node, write_operation(node, [self.float_of(source) for source in node.inputs], self))
+            self.finish(node, write_operation(node, self.list_sources(node), self))
         elif node.kind == "pad":
             self.write_pad(node)
         elif node.kind == "limit":
@@ -383,6 +383,18 @@ class Writer:
             table = self.integers if node.inputs[0] in self.graph.grids else self.floats
             operator, sources, attributes = MOVES[node.kind](node, table[node.inputs[0]], self)
             table[node.output] = self.add(operator, sources, f"{node.output}/{operator}", **attributes)
+
+    def list_sources(self, node: Operation) -> list[str]:
+        """What ``node`` reads as floats.
+
+        ONNX Runtime 1.20 joins a Softmax with the integers on both sides of it, and what is too large for its grid
+        begins at 0 again. So its integers are cast and scaled instead.
+        """
+        if node.kind == "softmax" and {*node.inputs, node.output} <= self.graph.grids.keys():
+            (source,) = node.inputs
+            scale, _ = self.grid_constants(source, self.graph.grids[source])
+            return [self.add("Mul", [self.counts_of(source), scale], f"{node.output}/scaled")]
+        return [self.float_of(source) for source in node.inputs]
 
     def is_on_one_grid(self, node: Node) -> bool:
         """Whether all that ``node`` reads lies on the grid of what it gives."""

@@ -179,7 +179,7 @@ class NetworkDraft:
     def blueprint(self) -> Blueprint:
         channels, height, width = self.shape(INPUT)[1:]
         plain = Blueprint(tuple(self.plans), self.output, (channels, height, width), self.shape(self.output)[1])
-        return plain.with_floors()
+        return plain.with_float_islands().with_floors()
 
 
 def convolution_tensors(weight: Array, bias: Array | None, groups: int) -> dict[str, Array]:

@@ -201,7 +201,7 @@ def end_in_classes(draft: NetworkDraft) -> None:
     Raises InputError for other answers.
     """
     shape, source = draft.shape(draft.output), draft.sources[draft.output]
-    if len(shape) != 2 and math.prod(shape[2:]) == 1:
+    if len(shape) != 2 and sum(axis > 1 for axis in shape[1:]) <= 1:
         draft.output = draft.add("reshape", [draft.output], source, {"shape": [math.prod(shape[1:])]})
         shape = draft.shape(draft.output)
     if shape == (1, 1):

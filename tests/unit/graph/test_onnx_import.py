@@ -399,6 +399,18 @@ def test_one_number_is_the_score_of_the_second_of_two_classes(tmp_path: Path, en
     assert sum(plan.kind == "conv" for plan in classifier.network.blueprint.layers) == 1
 
 
+@pytest.mark.parametrize("axes", [[1], [1, 2], [2], [2, 3]])
+def test_axes_of_one_beside_the_classes_are_left_out(tmp_path: Path, axes: list[int]) -> None:
+    """As of networks with channels last that end in a convolution, or in one token."""
+    model = Model()
+    scores = model.classify(model.conv("image", 3, 8), 8)
+    output = model.add("Unsqueeze", scores, model.constant(axes, np.int64))
+    path, images = model.save(tmp_path / "model.onnx", output, rank=2 + len(axes)), pixels()
+    wanted = answers_of(path, images[:, ::-1].astype(np.float32))
+    found = classifier_in(path).logits(images)
+    assert difference(found, wanted.reshape(found.shape)) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem)
 def test_the_classifiers_in_the_package_of_onnx_are_imported(path: Path) -> None:
@@ -781,6 +793,22 @@ def training_norm(model: Model) -> Any:
     return model.proto(model.classify(first, 8))
 
 
+def without_shape(model: Model) -> Any:
+    proto = model.proto(model.classify(model.conv("image", 3, 8), 8))
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    return proto
+
+
+def in_double(model: Model) -> Any:
+    single = model.add("Cast", "image", to=TensorProto.FLOAT)
+    return model.proto(model.classify(model.conv(single, 3, 8), 8), kind=TensorProto.DOUBLE)
+
+
+def in_integers(model: Model) -> Any:
+    single = model.add("Cast", "image", to=TensorProto.FLOAT)
+    return model.proto(model.classify(model.conv(single, 3, 8), 8), kind=TensorProto.INT32)
+
+
 REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "quantized": (quantized, "quantized already"),
     "two inputs": (two_inputs, "has 2 inputs ('image', 'other')"),
@@ -794,6 +822,9 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "four at once": (many_at_once, "takes 4 pictures at once"),
     "feature map": (feature_map, "1x8x30x30"),
     "tokens": (token_model, "not pictures"),
+    "no shape": (without_shape, "does not say the shape of its input"),
+    "float64": (in_double, "takes pictures as float64: export it for float32 or uint8 ones"),
+    "int32": (in_integers, "takes pictures as int32"),
     "operator": (unknown_operator, "Hardmax 'n1' (opset 18)"),
     "opset": (old_opset, "opset 6"),
     "order": (out_of_order, "reads 't2_0', which no node before it makes"),

@@ -13,6 +13,7 @@ from megengine import Tensor
 
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
+from mgq.engine.classifier.parity import measure_layer_parity
 from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.ptq.pipeline import snr_of
 from mgq.ptq.quantize import quantize
@@ -23,7 +24,7 @@ from mgq.quantization.modes import Mode
 from mgq.quantization.qat import Phase, prepare_qat, set_phase
 from mgq.quantization.qat_layers import Range, extend_to_grid, find_quantized_layers
 from mgq.quantization.targets import FINEST, ONNX
-from mgq.runtime.registry import load
+from mgq.runtime.registry import BACKENDS, load
 from mgq.zoo.blueprint import INPUT, Blueprint, LayerPlan
 from tests.fakes.foreign_models import Model
 from tests.fakes.measured_ranges import measure_ranges
@@ -147,6 +148,9 @@ def test_engines_give_the_integers_of_the_simulation(tmp_path: Path, engine: str
     (tmp_path / "int8.onnx").write_bytes(model.SerializeToString())
     wanted = simulated(float_input(IMAGES)).numpy()
     assert load(tmp_path / "int8.onnx", engine).run(IMAGES) == pytest.approx(wanted, abs=1e-4 * np.abs(wanted).max())
+    backend = next(known for known in BACKENDS if known.key == engine)
+    for layer in measure_layer_parity(backend, tmp_path / "int8.onnx", simulated, IMAGES):
+        assert layer.largest <= 1, layer
 
 
 @pytest.mark.parametrize(("low", "high", "floor", "span"), [(-9, 6, -3, 9), (-2, 1, -3, 4), (-9, 2, -3, 6)])
