@@ -227,7 +227,7 @@ def build_network(
         network = spec.build(classes, **options)
     expected, head = state_of(network), spec.head.removesuffix("weight")
     lacking = {own for own in expected if head and own.startswith(head) and own not in state}
-    if lacking and (new_head or not describe_differences(float_part(state), without(lacking, expected))):
+    if lacking and (new_head or not describe_differences(float_part(state), leave_out(lacking, expected))):
         if not new_head:
             raise InputError(f"{name} has no classifier: `mgq train -c {name} --new-head` begins with a new one")
         state = {**state, **{own: np.zeros_like(expected[own]) for own in lacking}}
@@ -239,7 +239,7 @@ def build_network(
     return network
 
 
-def without(names: Container[str], state: State) -> State:
+def leave_out(names: Container[str], state: State) -> State:
     return {name: value for name, value in state.items() if name not in names}
 
 
