@@ -97,12 +97,14 @@ def contenders_of_peers(
         yield from (Contender(name, engine, load(made), kept.to_input) for engine, load in engines.items())
 
 
-def contenders_of_mgq(normal: Classifier, int8: Classifier, folder: Path) -> Iterator[Contender]:
-    """mgq's file for any engine, and that for an engine alone, in each engine that runs it."""
+def contenders_of_mgq(
+    normal: Classifier, int8: Classifier, images: npt.NDArray[np.uint8], folder: Path
+) -> Iterator[Contender]:
+    """mgq's file for any engine, and that for an engine alone, in each engine that runs it; ``images`` calibrated."""
     from mgq.engine.classifier.deployment import write_candidates
-    from mgq.engine.classifier.parity import list_backends, make_views
+    from mgq.engine.classifier.parity import list_backends
 
-    _, plain, *forms = write_candidates(normal, int8, folder, make_views(normal))
+    _, plain, *forms = write_candidates(normal, int8, folder, images)
     for engine in list_backends(plain):
         own = [path for path in forms if path.stem.endswith(f".{engine.key}")]
         for path in (plain, *own):
@@ -146,11 +148,11 @@ def rows_of(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]
         name: seen_by(classifier, spread_evenly(expand([str(getattr(options, name))]), options.limit)) for name in SETS
     }
     found = calibrate(classifier, fitted, options.images, "", CalibrationConfig(options.quality, target=ONNX))
-    fed = kept.to_input(seen_by(classifier, fitted).pixels)
+    pixels = seen_by(classifier, fitted).pixels
     with temporary_folder() as folder:
         int8 = convert(found.classifier, Mode.QUANTIZED)
-        contenders = [*contenders_of_peers(path, fed, kept, options.peers, folder)]
-        contenders += contenders_of_mgq(classifier, int8, folder)
+        contenders = [*contenders_of_peers(path, kept.to_input(pixels), kept, options.peers, folder)]
+        contenders += contenders_of_mgq(classifier, int8, pixels, folder)
         exact = {name: contenders[0].answers(images) for name, images in sets.items()}
         likeness = [
             {name: likeness_of(own.answers(images), exact[name], images.labels) for name, images in sets.items()}
