@@ -164,13 +164,13 @@ def make_layers(node: Any, scope: Scope) -> None:
 
 def read_sequence(node: Any, place: int, scope: Scope) -> None:
     """The nodes that ``node`` stands for. The tensors between them are not the file's own."""
-    known = len(scope.draft.plans)
+    known, sources, output = len(scope.draft.plans), scope.draft.sources, node.output[0]
     for inner in spell_out(node, scope):
         read(inner, place, scope)
-    scope.draft.sources.update((plan.name, "") for plan in scope.draft.plans[known:])
-    layer = scope.layers.get(node.output[0])
-    if layer is not None and not scope.draft.sources.get(layer):
-        scope.draft.sources[layer] = node.output[0]
+    sources.update((plan.name, "") for plan in scope.draft.plans[known:] if sources[plan.name] != output)
+    layer = scope.layers.get(output)
+    if layer is not None and not sources.get(layer) and output not in scope.without_batch:
+        sources[layer] = output
 
 
 def read_branch(node: Any, scope: Scope) -> None:
