@@ -73,7 +73,5 @@ def test_what_a_list_does_not_have_is_told(tmp_path: Path) -> None:
     parts = model.add("SplitToSequence", model.conv("image", 3, 8), model.constant(4, np.int64), axis=1)
     other = model.add("SequenceAt", parts, model.constant(2, np.int64))
     path = model.save(tmp_path / "model.onnx", model.classify(other, 4))
-    with pytest.raises(
-        InputError, match=r"SequenceAt 'n\d' \(opset 17\) that takes a tensor that its list"
-    ):
+    with pytest.raises(InputError, match=r"SequenceAt 'n\d' \(opset 17\) that takes a tensor that its list"):
         import_classifier(path, ImportWish(preprocess="raw"), "")
