@@ -55,6 +55,8 @@ class Scope:
     constants: dict[str, Array] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
     without_batch: set[str] = field(default_factory=set)
+    sequences: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """List of tensors -> their names."""
     pictures: int = 1
     """How many the file takes at once."""
     takes_pixels: bool = False

@@ -16,6 +16,7 @@ from mgq.graph.onnx_import.computed_norms import is_computed_norm, read_computed
 from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
 from mgq.graph.onnx_import.draft import NetworkDraft
 from mgq.graph.onnx_import.operators import READERS, BatchMixedError, Operator, Scope, UnknownFormError
+from mgq.graph.onnx_import.sequences import SEQUENCES, spell_out
 from mgq.graph.onnx_import.simplify import drop_probabilities, simplify
 from mgq.zoo.blueprint import INPUT
 
@@ -78,7 +79,9 @@ def read(node: Any, place: int, scope: Scope) -> None:
         )
     known = all(name in scope.constants for name in node.input if name)
     try:
-        if node.op_type == "Shape" and not known:
+        if node.op_type in SEQUENCES:
+            read_sequence(node, place, scope)
+        elif node.op_type == "Shape" and not known:
             fold_shape(node, scope)
         elif known and node.op_type in FOLDED:
             outputs = fold(node, scope.constants, scope.opset)
@@ -157,6 +160,17 @@ def read_operator(node: Any, scope: Scope) -> None:
 def make_layers(node: Any, scope: Scope) -> None:
     reader = READERS.get(node.op_type) or COMPOSED[node.op_type]
     reader(Operator(node, scope, attributes_of(node)))
+
+
+def read_sequence(node: Any, place: int, scope: Scope) -> None:
+    """The nodes that ``node`` stands for. The tensors between them are not the file's own."""
+    known, sources, output = len(scope.draft.plans), scope.draft.sources, node.output[0]
+    for inner in spell_out(node, scope):
+        read(inner, place, scope)
+    sources.update((plan.name, "") for plan in scope.draft.plans[known:] if sources[plan.name] != output)
+    layer = scope.layers.get(output)
+    if layer is not None and not sources.get(layer) and output not in scope.without_batch:
+        sources[layer] = output
 
 
 def read_branch(node: Any, scope: Scope) -> None:
