@@ -19,6 +19,8 @@ def end_signals() -> tuple[signal.Signals, ...]:
 
 IMPORT = "<frozen importlib._bootstrap>"
 """The file of the code that loads modules."""
+ALARM = getattr(signal, "SIGALRM", None)
+"""The signal of a timer, on systems that have one."""
 AGAIN_S = 0.02
 """So long a signal waits until it is asked again whether modules are loaded."""
 
@@ -43,15 +45,15 @@ class EndRequest:
         before = {number: signal.getsignal(number) for number in end_signals()} if is_main else {}
         ours = {number: handler for number, handler in before.items() if handler in usual}
         self.is_made = False
-        if ours:
-            ours[signal.SIGALRM] = signal.SIG_DFL
+        if ours and ALARM is not None:
+            ours[ALARM] = signal.SIG_DFL
         for number in ours:
             signal.signal(number, self._take)
         try:
             yield
         finally:
             if ours:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                set_alarm(0)
             for number, handler in ours.items():
                 signal.signal(number, handler)
 
@@ -68,15 +70,21 @@ class EndRequest:
     def obey(self) -> None:
         """Raise KeyboardInterrupt where a signal has come."""
         if self.is_made and not self._is_held:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            set_alarm(0)
             raise KeyboardInterrupt
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        is_first, self.is_made = number == signal.SIGALRM or not self.is_made, True
-        if is_first and loads_modules(frame):
-            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        is_first, self.is_made = number == ALARM or not self.is_made, True
+        if is_first and ALARM is not None and loads_modules(frame):
+            set_alarm(AGAIN_S)
             return
         self.obey()
+
+
+def set_alarm(seconds: float) -> None:
+    """Send this process ``ALARM`` in so many ``seconds``; 0: not any more."""
+    if ALARM is not None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def loads_modules(frame: FrameType | None) -> bool:

@@ -104,7 +104,7 @@ def contenders_of_mgq(
     from mgq.engine.classifier.deployment import write_candidates
     from mgq.engine.classifier.parity import list_backends
 
-    _, plain, *forms = write_candidates(normal, int8, folder, images)
+    _, plain, *forms = write_candidates(normal, int8, folder, images, fit=images)
     for engine in list_backends(plain):
         own = [path for path in forms if path.stem.endswith(f".{engine.key}")]
         for path in (plain, *own):

@@ -276,16 +276,21 @@ def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: P
 
 
 def write_candidates(
-    normal: Classifier, int8: Classifier, folder: Path, images: Images, source: Path | None = None
+    normal: Classifier,
+    int8: Classifier,
+    folder: Path,
+    images: Images,
+    source: Path | None = None,
+    fit: Images | None = None,
 ) -> list[Path]:
     """A float file in ``folder``, the ``source`` that it was imported from, the int8 file for any engine, and those
-    that are faster in an engine that is installed: :func:`deploy` says how they are found. ``images`` are as there.
-    Raises as the dump does.
+    that are faster in an engine that is installed: :func:`deploy` says how they are found. ``images`` and ``fit`` are
+    as there. Raises as the dump does.
     """
     name = normal.spec.name
     floats = dump_classifier(normal, folder / f"{name}.float.onnx").path
     own = write_own_file(normal, images, source, folder / f"{name}.imported.onnx")
-    files = deploy(normal, int8, folder / f"{name}.int8.onnx", images, source=source).files
+    files = deploy(normal, int8, folder / f"{name}.int8.onnx", images, source=source, fit=fit).files
     return [floats, *([own] if own else []), *files]
 
 
