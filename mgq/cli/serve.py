@@ -106,6 +106,10 @@ class ServeCommand:
             network = open_network(options, None, on_progress, Usage(kept=True, threads=self.threads))
         note(f"{network.spec.name}, {network.origin}")
         service = Service(network, self.limits(), note)
+        if self.batch is not None and service.batcher.most < self.batch:
+            raise InputError(
+                "the file takes one picture at a time: leave --batch out, or write it by `mgq dump --batch 0`"
+            )
         serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))
         note("stopped: every request that had come is answered")
 

@@ -192,15 +192,8 @@ class Service:
 
 
 def group_size(classifier: Classifier, limits: Limits) -> int:
-    """How many pictures run together: one, where the file takes one at a time, or the engine is no faster with more.
-
-    Raises InputError where more are wanted than the file takes.
-    """
+    """How many pictures run together: one, where the file takes one at a time, or the engine is no faster with more."""
     runtime = getattr(classifier.network, "runtime", None)
     if runtime is not None and runtime.batch == 1:
-        if limits.batch not in (None, 1):
-            raise InputError(
-                "the file takes one picture at a time: leave --batch out, or write it by `mgq dump --batch 0`"
-            )
         return 1
     return limits.batch or (1 if runtime is not None and runtime.name in ONE_BY_ONE else BATCH)
