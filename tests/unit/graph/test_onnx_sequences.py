@@ -12,7 +12,7 @@ from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.errors import InputError
 from tests.fakes.foreign_models import Model
-from tests.unit.graph.test_onnx_operators import check, integers
+from tests.fakes.imported_operators import check, integers
 
 Body = Callable[[Model, str], str]
 
