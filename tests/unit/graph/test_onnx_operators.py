@@ -8,27 +8,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.import_wish import ImportWish
-from mgq.engine.classifier.onnx_import import import_classifier, leave_out_overhang
+from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.errors import InputError
-from mgq.ptq.pipeline import snr_of
-from mgq.runtime.registry import load
-from tests.fakes.foreign_int8 import int8_of
+from tests.fakes.foreign_int8 import check_import, color_noise
 from tests.fakes.foreign_models import Model
 
 Array = npt.NDArray[Any]
 Body = Callable[[Model], str]
 RAW = ImportWish(preprocess="raw")
-
-
-def photos() -> npt.NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
 
 
 def first(model: Model) -> str:
@@ -294,24 +285,7 @@ BODIES: tuple[Body, ...] = (
 def test_what_compares_chooses_and_sums_is_imported(tmp_path: Path, body: Body) -> None:
     model = Model()
     inner = model.add("Relu", model.conv(body(model), 8, 8, 1))
-    check(model.save(tmp_path / "model.onnx", model.classify(inner, 8)), tmp_path)
-
-
-def check(path: Path, folder: Path) -> None:
-    images, options = photos(), onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    model = onnx.load(path)
-    for node in model.graph.node:
-        leave_out_overhang(node)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    classifier, remarks = import_classifier(path, RAW, "")
-    assert "float answers as ONNX Runtime's" in remarks[0]
-    wanted = session.run(None, {"image": images[:, ::-1].astype(np.float32)})[0]
-    found = classifier.logits(images)
-    assert float(np.abs(found - wanted).max() / np.abs(wanted).max()) < 1e-4
-    file = dump_classifier(int8_of(path, "raw"), folder / "int8.onnx", batch=None).path
-    for engine in ("openvino", "onnxruntime"):
-        assert snr_of(load(file, engine).run(images).astype(np.float64), found.astype(np.float64)) > 15, engine
+    check_import(model.save(tmp_path / "model.onnx", model.classify(inner, 8)), tmp_path)
 
 
 def test_tables_that_are_expanded_to_what_they_are_already_are_no_larger_by_that(tmp_path: Path) -> None:
@@ -396,7 +370,7 @@ def test_probabilities_in_any_form_are_left_out_at_the_end(tmp_path: Path, end: 
     path = model.save(tmp_path / "model.onnx", end(model, scores(model)))
     plain = Model()
     wanted = plain.save(tmp_path / "plain.onnx", scores(plain))
-    images = photos()
+    images = color_noise()
     found, logits = (import_classifier(file, RAW, "")[0] for file in (path, wanted))
     assert len(found.network.blueprint.layers) == len(logits.network.blueprint.layers)
     assert np.abs(found.logits(images) - logits.logits(images)).max() < 1e-5
