@@ -11,13 +11,15 @@ import numpy.typing as npt
 import pytest
 from onnx import numpy_helper
 
+from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.errors import InputError
+from tests.fakes.foreign_int8 import check_import, color_noise
 from tests.fakes.foreign_models import Model
-from tests.fakes.imported_operators import RAW, check, integers, photos
 
 Array = npt.NDArray[Any]
 Body = Callable[[Model], str]
+RAW = ImportWish(preprocess="raw")
 
 
 def first(model: Model) -> str:
@@ -28,6 +30,10 @@ def first(model: Model) -> str:
 
 def positive(model: Model) -> str:
     return model.add("Add", model.add("Relu", first(model)), model.constant(0.5))
+
+
+def integers(model: Model, *values: int) -> str:
+    return model.constant(values, np.int64)
 
 
 def scores(model: Model) -> str:
@@ -279,7 +285,7 @@ BODIES: tuple[Body, ...] = (
 def test_what_compares_chooses_and_sums_is_imported(tmp_path: Path, body: Body) -> None:
     model = Model()
     inner = model.add("Relu", model.conv(body(model), 8, 8, 1))
-    check(model.save(tmp_path / "model.onnx", model.classify(inner, 8)), tmp_path)
+    check_import(model.save(tmp_path / "model.onnx", model.classify(inner, 8)), tmp_path)
 
 
 def test_tables_that_are_expanded_to_what_they_are_already_are_no_larger_by_that(tmp_path: Path) -> None:
@@ -364,7 +370,7 @@ def test_probabilities_in_any_form_are_left_out_at_the_end(tmp_path: Path, end: 
     path = model.save(tmp_path / "model.onnx", end(model, scores(model)))
     plain = Model()
     wanted = plain.save(tmp_path / "plain.onnx", scores(plain))
-    images = photos()
+    images = color_noise()
     found, logits = (import_classifier(file, RAW, "")[0] for file in (path, wanted))
     assert len(found.network.blueprint.layers) == len(logits.network.blueprint.layers)
     assert np.abs(found.logits(images) - logits.logits(images)).max() < 1e-5

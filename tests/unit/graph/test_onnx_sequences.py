@@ -11,8 +11,8 @@ import pytest
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.errors import InputError
+from tests.fakes.foreign_int8 import check_import
 from tests.fakes.foreign_models import Model
-from tests.fakes.imported_operators import check, integers
 
 Body = Callable[[Model, str], str]
 
@@ -25,7 +25,7 @@ def halves(model: Model, source: str) -> str:
 
 
 def uneven(model: Model, source: str) -> str:
-    parts = model.add("SplitToSequence", source, integers(model, 5, 3), axis=1)
+    parts = model.add("SplitToSequence", source, model.constant([5, 3], np.int64), axis=1)
     return model.add("ConcatFromSequence", parts, axis=1)
 
 
@@ -57,7 +57,7 @@ def test_lists_of_tensors_are_imported(tmp_path: Path, body: Body, opset: int) -
     model = Model(opset=opset)
     scaled = model.add("Mul", "image", model.constant(0.01))
     listed = body(model, model.conv(scaled, 3, 8, pads=[1] * 4, strides=[2, 2]))
-    check(model.save(tmp_path / "model.onnx", model.classify(model.conv(listed, 8, 8, 1), 8)), tmp_path)
+    check_import(model.save(tmp_path / "model.onnx", model.classify(model.conv(listed, 8, 8, 1), 8)), tmp_path)
 
 
 def test_scores_in_a_list_are_the_answer(tmp_path: Path) -> None:
