@@ -73,7 +73,9 @@ def reads_import(command: Any) -> bool:
 
 
 OF_SEVERAL_NETWORKS = Need(
-    ("key",), lambda command: command.checkpoint is not None, "chooses a network in the file of -c: give that, too"
+    ("key",),
+    lambda command: command.checkpoint is not None,
+    lambda command: f"{printable(command.key)} chooses a network in the file of -c: give that, too",
 )
 OF_IMPORT = Need(
     tuple(field.name for field in fields(ImportOptions)),

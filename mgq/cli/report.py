@@ -23,6 +23,7 @@ from mgq.cli.shared_options import (
     take_checkpoint,
 )
 from mgq.engine.classifier.network_options import RUNS
+from mgq.export.formats import format_of
 
 if TYPE_CHECKING:
     from mgq.reports.contents import FileReport, Report
@@ -68,7 +69,15 @@ class ReportCommand(ImportOptions):
     save: Save = RUNS
     as_json: AsJson = False
 
-    needs = (OF_SEVERAL_NETWORKS, OF_IMPORT, OF_RUNS)
+    needs = (
+        replace(OF_SEVERAL_NETWORKS, is_met=lambda command: command.checkpoint is not None or command.names_file()),
+        OF_IMPORT,
+        OF_RUNS,
+    )
+
+    def names_file(self) -> bool:
+        """Whether the report is on a deployed file, which says itself what does not go with it."""
+        return self.run is not None and format_of(Path(self.run)) is not None
 
     def execute(self) -> None:
         """Write the page and say where it is."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mgq.system.end_signals import EndRequest
 
-SENDS_SIGNAL = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n"
+SENDS_SIGNAL = "import signal\nsignal.raise_signal(signal.SIGTERM)\n"
 
 
 @pytest.fixture
@@ -21,8 +21,17 @@ def request_to_end() -> EndRequest:
     return EndRequest()
 
 
+@pytest.fixture(autouse=True)
+def usual_interrupts() -> Iterator[None]:
+    """A shell that starts the tests in the background has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number: signal.Signals = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), number)
+    """To this thread: another one would take it at another time."""
+    signal.raise_signal(number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -125,7 +125,7 @@ WRONG = {
         "M.pooling.avg_pool2d(self.dequant(x), x.shape[2:]).reshape(-1, 32)",
         "cannot be traced",
     ),
-    "no function": ("def tiny(", "def small(", "has no function tiny: did you mean small?"),
+    "no function": ("def tiny(", "def small(", "has no function tiny: did you mean Tiny?"),
     "file that ends": ("import megengine.module as M", "import sys; sys.exit(3)", "fails: SystemExit: 3"),
     "function that ends": ("return Tiny(classes)", "raise SystemExit", "fails: SystemExit"),
     "broken file": ("import megengine.module as M", "import nowhere", "ModuleNotFoundError"),
