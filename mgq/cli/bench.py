@@ -15,7 +15,7 @@ from mgq.cli.help_layout import OWN
 from mgq.cli.import_options import ImportOptions
 from mgq.cli.option_needs import OF_IMPORT, OF_RUNS, OF_SEVERAL_NETWORKS, Need
 from mgq.cli.option_types import ARCH, COUNT, LOAD, PIXELS
-from mgq.cli.shared_options import CheckpointFile, KeyName, Save, prepare_megengine
+from mgq.cli.shared_options import CheckpointFile, KeyName, Save, find_source, prepare_megengine
 from mgq.engine.classifier.network_options import RUNS
 from mgq.errors import FailureError, InputError
 from mgq.io.temporary_folders import temporary_folder
@@ -302,8 +302,7 @@ def files_of(
     refuse_other_import(int8, normal.options)
     note(f"int8 from {printable(int8)}")
     calibrated = open_classifier(normal.spec.name, int8, Mode.QUANTIZED, save)
-    source = given if given != checkpoint else None
-    return write_candidates(normal, calibrated, folder, make_views(normal), source)
+    return write_candidates(normal, calibrated, folder, make_views(normal), find_source(given, checkpoint))
 
 
 def bench_training(settings_of: Callable[[], TrainingSettings], json_file: str | None, as_markdown: bool) -> None:

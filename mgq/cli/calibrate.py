@@ -27,6 +27,7 @@ from mgq.cli.shared_options import (
     TargetName,
     Width,
     Workers,
+    find_source,
     prepare_megengine,
 )
 from mgq.engine.classifier.network_options import RUNS
@@ -157,8 +158,7 @@ class CalibrateCommand(ImportOptions):
         wish = self.import_wish()
         keep_freed_memory()  # before MegEngine starts its threads
         checkpoint = prepare_megengine(self.checkpoint, deployed=False, key=self.key, save=self.save, wish=wish)
-        source = self.checkpoint if checkpoint != self.checkpoint else None
-        options = replace(options, checkpoint=checkpoint, source=source)
+        options = replace(options, checkpoint=checkpoint, source=find_source(self.checkpoint, checkpoint))
         with progress() as on_progress:
             from mgq.engine.calibration.calibration_job import run_calibration
             from mgq.events import Callbacks

@@ -16,6 +16,7 @@ from mgq.cli.option_needs import Need, need_run, reads_import, refuse_idle_optio
 from mgq.cli.option_types import BATCH, CPU, FORM, FORMAT, INPUT, NameOption
 from mgq.cli.shared_options import (
     ModeName,
+    find_source,
     open_network,
     prepare_megengine,
     with_newest_run,
@@ -160,7 +161,7 @@ class DumpCommand(NetworkCommand):
         images = find_images(classifier, self.data) if self.data is not None and compared else None
         dumped = write_file(classifier, wanted, out)
         is_timed = self.mode == "quantized" and dumped.format == "onnx" and classifier.spec.is_described and compared
-        source = self.checkpoint if self.checkpoint != checkpoint else None
+        source = find_source(self.checkpoint, checkpoint)
         timed = measure_speed(classifier, dumped, images, wanted, source) if is_timed else None
         dumped = replace(dumped, size=dumped.path.stat().st_size)  # written again where an engine runs that sooner
         say_file(classifier, dumped, wanted, out)

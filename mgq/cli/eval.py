@@ -14,9 +14,8 @@ import typer
 
 from mgq.cli.network_command import NetworkCommand
 from mgq.cli.option_needs import need_run
-from mgq.cli.option_types import AT_LEAST_NONE, COUNT, MODE
+from mgq.cli.option_types import AT_LEAST_NONE, COUNT
 from mgq.cli.shared_options import (
-    MODE_HELP,
     AsJson,
     EngineName,
     Jobs,
@@ -25,6 +24,7 @@ from mgq.cli.shared_options import (
     MaxBad,
     ReportFreq,
     Workers,
+    mode_option,
     open_network,
     take_checkpoint,
     with_newest_run,
@@ -62,16 +62,7 @@ class EvalCommand(NetworkCommand):
     """
 
     data: LabelledData = None
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--mode",
-            click_type=MODE,
-            help=MODE_HELP,
-            show_default="quantized where the weights can serve it, else normal",
-        ),
-    ] = None
+    mode: Annotated[str | None, mode_option("quantized where the weights can serve it, else normal")] = None
     engine: EngineName = None
     workers: Workers = None
     jobs: Jobs = 1

@@ -14,11 +14,11 @@ import typer
 
 from mgq.cli.network_command import NetworkCommand
 from mgq.cli.option_needs import need_run
-from mgq.cli.option_types import COUNT, MODE
+from mgq.cli.option_types import COUNT
 from mgq.cli.shared_options import (
-    MODE_HELP,
     AsJson,
     EngineName,
+    mode_option,
     open_network,
     take_checkpoint,
 )
@@ -52,16 +52,7 @@ class InferCommand(NetworkCommand):
 
     files: Annotated[list[str] | None, typer.Argument(help="Files, folders, globs, or - for standard input.")] = None
     image: Annotated[list[str] | None, typer.Option("-i", "--image", help="A picture, as an option.")] = None
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            "-m",
-            "--mode",
-            click_type=MODE,
-            help=MODE_HELP,
-            show_default="quantized; of a deployed file its own",
-        ),
-    ] = None
+    mode: Annotated[str | None, mode_option("quantized; of a deployed file its own")] = None
     topk: Annotated[
         int | None,
         typer.Option(

@@ -115,7 +115,6 @@ class ReportCommand(ImportOptions):
 def prepare_file(file: Path) -> None:
     """Import MegEngine, quietly, where it runs the deployed ``file``."""
     from mgq.errors import name_in_errors, printable
-    from mgq.export.formats import format_of
     from mgq.quantization.option_names import MEGENGINE
     from mgq.system.megengine_start import import_megengine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ from mgq.cli.option_types import (
     SHARE,
     TARGET,
 )
-from mgq.engine.classifier.network_options import RUNS, NetworkOptions, Usage
+from mgq.engine.classifier.network_options import ANY_USAGE, RUNS, NetworkOptions, Usage
 
 if TYPE_CHECKING:
     from mgq.engine.classifier.classifier import Classifier
@@ -41,8 +41,15 @@ CheckpointFile = Annotated[
 ]
 KEY_HELP = "Which network of the file of -c, where it has several, such as state_dict_ema."
 KeyName = Annotated[str | None, typer.Option("--key", metavar="NAME", help=KEY_HELP)]
-MODE_HELP = "normal (float32), qat (fake-quantized) or quantized (int8)."
-ModeName = Annotated[str, typer.Option("-m", "--mode", click_type=MODE, help=MODE_HELP)]
+
+
+def mode_option(default: bool | str = True) -> Any:
+    """``-m``; ``default`` is what is said of its default, where that is not the value itself."""
+    said = "normal (float32), qat (fake-quantized) or quantized (int8)."
+    return typer.Option("-m", "--mode", click_type=MODE, help=said, show_default=default)
+
+
+ModeName = Annotated[str, mode_option()]
 Save = Annotated[Path, typer.Option("-s", "--save", click_type=FOLDER, help="Folder of the runs.")]
 Pretrained = Annotated[
     str | None,
@@ -93,7 +100,6 @@ EngineName = Annotated[
         show_default=False,
     ),
 ]
-ANY_USAGE = Usage()
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
 
 
@@ -144,6 +150,11 @@ def take_checkpoint(
     if checkpoint is not None:
         validate_file(checkpoint, key)
     return checkpoint
+
+
+def find_source(given: Path | None, taken: Path | None) -> Path | None:
+    """The ``given`` file of -c where it is of another program, so that what was ``taken`` for it is another one."""
+    return given if given != taken else None
 
 
 def prepare_megengine(

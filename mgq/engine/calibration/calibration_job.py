@@ -12,7 +12,13 @@ from mgq.data.datasets import Dataset, subset
 from mgq.data.image_sources import Source
 from mgq.engine.calibration.calibrate_options import CalibrateOptions
 from mgq.engine.calibration.calibration_images import CalibrationSources, find_images_nearby, read_some_crops
-from mgq.engine.calibration.calibration_run import Calibration, calibrate, calibrate_data_free, estimate_seconds
+from mgq.engine.calibration.calibration_run import (
+    Calibration,
+    calibrate,
+    calibrate_data_free,
+    choose_images,
+    estimate_seconds,
+)
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
 from mgq.engine.classifier.deployment import Deployment, deploy
 from mgq.engine.classifier.evaluate import evaluate
@@ -137,15 +143,16 @@ def deploy_imported(
     folder: Path,
     options: CalibrateOptions,
 ) -> Deployment | None:
-    """An int8 file of an imported network in ``folder``, measured on the ``labelled`` images, else on those of
-    ``sources`` that it was calibrated on; None of other networks, and without images."""
+    """An int8 file of an imported network in ``folder``, measured on the ``labelled`` images, else on ``sources``; None
+    of other networks, and without images. Its forms are corrected by those of ``sources`` that it was calibrated on.
+    """
     if sources is None or not classifier.spec.is_described:
         return None
     file = folder / f"{classifier.spec.name}.int8.onnx"
-    fit = read_some_crops(classifier, sources if isinstance(sources, Sequence) else subset(sources, options.images))
-    images = fit if labelled is None else read_some_crops(classifier, labelled)
-    wanted = None if options.data_free else fit
-    return deploy(classifier, result.classifier, file, images, options.keep_input, options.source, wanted)
+    images = read_some_crops(classifier, labelled or sources)
+    seen = None if options.data_free else choose_images(sources, options.images, make_config(options))
+    fit = None if seen is None else read_some_crops(classifier, seen)
+    return deploy(classifier, result.classifier, file, images, options.keep_input, options.source, fit)
 
 
 def open_float_network(options: CalibrateOptions, callbacks: Callbacks) -> Classifier:
@@ -215,7 +222,13 @@ def calibrate_on(
     float_layers: tuple[str, ...] = (),
 ) -> Calibration:
     assert found.sources is not None
-    config = CalibrationConfig(
+    config, about = make_config(options, float_layers), options.about or found.name
+    return calibrate(classifier, found.sources, options.images, about, config, callbacks, options.max_bad)
+
+
+def make_config(options: CalibrateOptions, float_layers: tuple[str, ...] = ()) -> CalibrationConfig:
+    """How ``options`` calibrate, with the weights of ``float_layers`` in float32."""
+    return CalibrationConfig(
         preset=options.preset,
         method=options.method,
         correct_bias=options.correct_bias,
@@ -223,8 +236,6 @@ def calibrate_on(
         target=get_target(options.target or MEGENGINE.name),
         float_layers=float_layers,
     )
-    about = options.about or found.name
-    return calibrate(classifier, found.sources, options.images, about, config, callbacks, options.max_bad)
 
 
 def mix_precisions(

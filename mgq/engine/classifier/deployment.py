@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from mgq.export.onnx.onnx_file import read_onnx
 from mgq.export.onnx.pixel_file import write_pixel_file
 from mgq.export.onnx.writer import plain_graph
 from mgq.graph.engine_forms import FIXED_BATCHES, FORMS, adapt_to_engine
+from mgq.io.atomic import atomic_write
 from mgq.io.temporary_folders import temporary_folder
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
@@ -268,9 +270,11 @@ def try_float_layers(beside: FloatFile, row: EngineRow, engine: Backend, path: P
             found = engine_row(engine, beside, [best.path, file])
             if found.path == file and found.snr >= min(row.snr, NEAR):
                 best = replace(found, float_share=share)
+        if best.float_share:
+            with atomic_write(path) as temporary:
+                shutil.copyfile(best.path, temporary)
     if not best.float_share:
         return row
-    write(path=path, float_share=best.float_share)
     found = engine_row(engine, beside, [path])
     return replace(found, float_share=best.float_share, plain_speedup=row.plain_speedup)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mgq.engine.classifier.builtin_file import BuiltinFile, builtin_file
 from mgq.engine.classifier.classifier import Classifier
 from mgq.engine.classifier.deployed_files import attach_backend, open_file
-from mgq.engine.classifier.network_options import NetworkOptions, Usage
+from mgq.engine.classifier.network_options import ANY_USAGE, NetworkOptions, Usage
 from mgq.errors import InputError, name_in_errors, printable
 from mgq.events import OnProgress, log_progress
 from mgq.export.formats import format_of
@@ -20,7 +20,6 @@ from mgq.quantization.option_names import MEGENGINE, Mode
 from mgq.runtime.registry import AUTO, get_backend
 
 ANY_NETWORK = NetworkOptions()
-ANY_USAGE = Usage()
 MODES_IN_WORDS = {Mode.NORMAL: "float", Mode.QAT: "fake-quantized", Mode.QUANTIZED: "int8"}
 
 

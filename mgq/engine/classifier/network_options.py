@@ -41,3 +41,6 @@ class Usage:
     few: bool = False
     kept: bool = False
     threads: int | None = None
+
+
+ANY_USAGE = Usage()
