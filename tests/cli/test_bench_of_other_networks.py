@@ -27,7 +27,7 @@ def test_bench_takes_one_network_of_several_in_a_file(tmp_path: Path, mgq: Mgq) 
     words = ("bench", "-a", "shufflenet_v1_x0_5_g3", "-c", "two.safetensors")
     assert "--key student" in the_error(mgq(*words))
     assert "`mgq calibrate -c two.safetensors --key student -d" in the_error(mgq(*words, "--key", "student"))
-    assert "--key chooses a network in the file of -c" in the_error(mgq("bench", "--key", "student"))
+    assert "--key student chooses a network in the file of -c" in the_error(mgq("bench", "--key", "student"))
 
 
 def test_report_compares_int8_with_no_other_import(tmp_path: Path, mgq: Mgq) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +118,30 @@ def test_a_file_with_other_last_bits_is_not_written(tmp_path: Path, monkeypatch:
     with pytest.raises(FailureError, match="differs from the network in memory"):
         written(tmp_path / "net.megengine", Mode.NORMAL)
     assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = """
+import gc, signal, sys
+from pathlib import Path
+from mgq.runtime.openvino import OpenVino
+first, second = (OpenVino(Path(sys.argv[1])) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_signal_ends_what_used_openvino_in_order(tmp_path: Path) -> None:
+    write_onnx(blank("shufflenet_v1_x0_5_g3"), tmp_path / "net.onnx", image_size=SIZE, batch=1, provenance={})
+    begin = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", begin + INTERRUPTED, str(tmp_path / "net.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")
 
 
 @pytest.mark.parametrize("debugging", ["", "1"])
