@@ -82,13 +82,13 @@ def build(name: str, classes: int, size: int) -> Any:
 
 
 def train(network: Any, photos: Any, labels: Any, size: int, seconds: float, rate: float, batch: int = 32) -> int:
-    """Train for about ``seconds``, the rate from 0 to ``rate`` and back; returns the steps."""
+    """Train for about ``seconds`` of processor time, the rate from 0 to ``rate`` and back; returns the steps."""
     import torch
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
-    start, steps = time.perf_counter(), 0
+    start, steps = time.process_time(), 0
     network.train()
-    while (spent := (time.perf_counter() - start) / seconds) < 1:
+    while (spent := (time.process_time() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(spent / 0.15, 1.0) * (1 - spent)
         chosen = torch.randperm(len(photos))[:batch]
