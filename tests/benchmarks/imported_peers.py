@@ -78,8 +78,8 @@ def nearness_cells(found: Likeness | None) -> tuple[str, ...]:
 def files_of_peers(path: Path, fed: npt.NDArray[np.float32], names: Sequence[str], folder: Path) -> Iterator[Contender]:
     """The float file ``path`` itself and what each of the peers ``names`` makes of it in ``folder``, in each engine.
 
-    Float in ONNX Runtime is the first, and the measure of all: where OpenVINO 2025.4.1 knows that it gets one picture, it
-    answers wrongly if an attention has as many heads as tokens.
+    Float in ONNX Runtime is the first, and the measure of all: OpenVINO 2025.4.1, where it knows that it gets one
+    picture, answers wrongly if an attention has as many heads as tokens.
     """
     both = ("ONNX Runtime", "OpenVINO")
     yield from (Contender(FLOAT, engine, path) for engine in both)
