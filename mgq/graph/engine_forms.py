@@ -118,7 +118,7 @@ def round_before_own_joins(graph: Graph) -> Graph:
 
     The numbers are the same. OpenVINO rounds a joined tensor outside of any kernel, in five times the time; what a
     convolution made it rounds in the convolution's. A part that several layers read stays: ONNX Runtime joins grids in
-    one kernel, and would have more to do.
+    one kernel, and would have more to do. Its own form rounds no part beforehand.
     """
     readers = readers_in(graph)
     return round_before_joins(graph, lambda name: len(readers[name]) == 1)
@@ -266,7 +266,7 @@ def for_any_engine(graph: Graph) -> Graph:
 
 
 def for_onnxruntime(graph: Graph) -> Graph:
-    return widen_channels(swishes_on_integers(round_before_own_joins(multiply_rows(graph, in_float=True))))
+    return widen_channels(swishes_on_integers(multiply_rows(graph, in_float=True)))
 
 
 def swishes_on_integers(graph: Graph) -> Graph:

@@ -106,6 +106,27 @@ def test_joined_tensors_are_joined_as_integers_with_the_same_answers(tmp_path: P
         np.testing.assert_array_equal(joined, plain)
 
 
+def test_onnx_runtime_joins_grids_in_one_kernel(tmp_path: Path, graph_of_body: Any) -> None:
+    graph, (images, _) = graph_of_body("branches")
+    paths = {engine: tmp_path / f"{engine}.onnx" for engine in ("any", "onnxruntime")}
+    models = {engine: saved(adapt_to_engine(graph, engine), path) for engine, path in paths.items()}
+    assert kinds_behind(models["onnxruntime"], "Concat") == ["QuantizeLinear"]
+    kernels = [kernels_of(path, tmp_path / "run.onnx") for path in paths.values()]
+    assert [names.count("QLinearConcat") for names in kernels] == [0, 1]
+    plain, joined = (load(path, "onnxruntime").run(images) for path in paths.values())
+    np.testing.assert_array_equal(joined, plain)
+
+
+def kernels_of(path: Path, run: Path) -> list[str]:
+    """The operators that ONNX Runtime makes of the file ``path``, which it writes to ``run``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(run), 4
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(str(run)).graph.node]
+
+
 def kinds_behind(model: Any, operator: str) -> list[str]:
     """Operators that read what ``operator`` makes; what puts a border around the image does not count."""
     pads = {node.output[0] for node in model.graph.node if node.op_type == "Pad"}
