@@ -31,7 +31,7 @@ from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import InputError, plural, printable
 from mgq.events import NO_CALLBACKS, Callbacks, duration
-from mgq.io.atomic import ensure_writable_folder, refuse_unwritable_folder
+from mgq.io.atomic import refuse_unwritable_folder
 from mgq.ptq.presets import CalibrationConfig, count_images_used
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import BEST
@@ -197,7 +197,7 @@ def refuse_unwritable_folders(options: CalibrateOptions) -> None:
     if options.ranges_file is not None:
         if options.ranges_file.is_dir():
             raise InputError(f"--ranges {printable(options.ranges_file)} is a folder: give the name of a file")
-        ensure_writable_folder(options.ranges_file.absolute().parent)
+        refuse_unwritable_folder(options.ranges_file.absolute().parent)
 
 
 def announce(
