@@ -55,3 +55,4 @@ def test_an_imported_network_is_measured_in_float_and_in_int8(tmp_path: Path, mg
     assert said.code == 0, said
     files = {Path(file).name for file in json.loads(said.out)["settings"]["files"]}
     assert {"model.float.onnx", "model.imported.onnx", "model.int8.onnx", "model.int8.openvino.onnx"} <= files
+    assert all((row["precision"] == "int8") == (row["speedup"] is not None) for row in json.loads(said.out)["rows"])
