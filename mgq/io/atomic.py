@@ -111,13 +111,13 @@ def atomic_output(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def make_folder_for(path: Path) -> Iterator[None]:
+def make_folder_for(path: Path, mend: str = "choose another folder") -> Iterator[None]:
     """Makes the folder of ``path``, which the block writes; takes away what it made where the block fails or is
     interrupted. Raises as :func:`ensure_writable_folder` does."""
     folder = path.absolute().parent
     missing = list_missing(folder)
     try:
-        ensure_writable_folder(folder)
+        ensure_writable_folder(folder, mend)
         yield
     except BaseException:
         remove_empty(missing)

@@ -59,6 +59,10 @@ def is_slow(speedup: float | None) -> bool:
     return speedup is not None and speedup < EQUAL_SPEED
 
 
+TIMING = "timing int8 beside float in each engine"
+"""What is said of it before the work, which may take a minute."""
+
+
 @dataclass(frozen=True)
 class EngineRow:
     """The fastest int8 file beside float in one engine: milliseconds for a picture, the middle of all turns; what int8

@@ -92,7 +92,7 @@ def import_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_mes
 def keep_import(path: Path, known: Path, wish: ImportWish, digest: str, on_message: OnMessage) -> Path:
     """Import ``path``, whose SHA-256 is ``digest``, as the checkpoint ``known``."""
     classifier, remarks = import_classifier(path, wish, digest)
-    with make_folder_for(known):
+    with make_folder_for(known, "pass -s FOLDER"):
         classifier.write_checkpoint(known)
     for remark in remarks:
         on_message(remark)
