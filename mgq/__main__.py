@@ -1,5 +1,5 @@
 """``python -m mgq``."""
 
-from mgq.cli.main import run_and_leave
+from mgq.cli.start import run_and_leave
 
 run_and_leave()

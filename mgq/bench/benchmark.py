@@ -7,7 +7,7 @@ from functools import partial
 
 from mgq.bench.benchmark_report import Report, make_peaks, make_rows
 from mgq.bench.cases import CaseResult, run_cases
-from mgq.bench.file_cases import file_cases, precision_of
+from mgq.bench.file_cases import file_cases, list_sizes, precision_of
 from mgq.bench.peak import find_instruction
 from mgq.bench.settings import FILES, Precision, Settings
 from mgq.engine.classifier.classifier import versions
@@ -51,7 +51,7 @@ def benchmark(
     image = IMAGE + (SHIFTED if settings.batch > 1 else "")
     notes = list_notes(machine, settings)
     rows = make_rows(entries, settings)
-    return Report(settings, machine, versions(), image, rows, notes, make_peaks(entries))
+    return Report(settings, machine, versions(), image, rows, notes, make_peaks(entries), list_sizes(settings))
 
 
 def benchmark_network(network: str, on_progress: OnProgress, event: Progress) -> None:

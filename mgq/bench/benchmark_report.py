@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mgq.bench.cases import Agreement, CaseResult
-from mgq.bench.settings import Load, Precision, Settings, pluralize
+from mgq.bench.cases import Agreement, BenchmarkCase, CaseResult
+from mgq.bench.settings import FILES, Load, Precision, Settings, pluralize
 from mgq.bench.statistics import Floats, Rounds, Speed, Speedup, images_per_second, measure_speed, measure_speedup
 from mgq.system.environment import Machine
 
@@ -104,6 +104,8 @@ class Report:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     peaks: tuple[Peak, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width of the pictures that the files take, where files are measured for themselves."""
 
     def rows_of(self, network: str) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.network == network)
@@ -137,6 +139,8 @@ class Report:
 
     def weights_of(self, network: str) -> str:
         """Where the weights of ``network`` come from, by precision where they differ."""
+        if network == FILES:
+            return "each has its own weights"
         origins: dict[str, str] = {}
         for row in self.rows_of(network):
             if row.weights and not row.file:
@@ -151,13 +155,14 @@ class Report:
         cores = f"{machine.physical_cores or 'unknown'} physical, {machine.logical_cores} logical"
         if machine.usable_cores != machine.logical_cores:
             cores += f", {machine.usable_cores} usable"
-        side = settings.image_size
+        sizes = self.sizes or ((settings.image_size,) * 2,)
+        pixels = " and ".join(f"{height}x{width}" for height, width in sizes)
         return [
             ("CPU", f"{machine.cpu}; cores: {cores}"),
             ("instructions", ", ".join(machine.features) or "unknown"),
             ("system", machine.system),
             ("versions", ", ".join(f"{name} {number}" for name, number in self.versions.items())),
-            ("input", f"{side}x{side} pixels, batch {settings.batch}: {self.image}"),
+            ("input", f"{pixels} pixels, batch {settings.batch}: {self.image}"),
             (
                 "measured",
                 f"{settings.load.value}, {pluralize(settings.rounds, 'round')} in shuffled turns, "
@@ -255,15 +260,23 @@ def make_row(entry: CaseResult, settings: Settings, beside: Sequence[CaseResult]
 def find_base(entry: CaseResult, beside: Sequence[CaseResult]) -> CaseResult | None:
     """The fp32 entry that an int8 one is measured by: that of its engine, else the fastest."""
     case = entry.case
-    if case.precision is not Precision.INT8 or not entry.rounds or case.file:
+    if case.precision is not Precision.INT8 or not entry.rounds or is_of_others(case):
         return None
     float_ones = [
         other
         for other in beside
-        if other.rounds and other.case.precision is Precision.FP32 and not other.case.is_peak and not other.case.file
+        if other.rounds
+        and other.case.precision is Precision.FP32
+        and not other.case.is_peak
+        and not is_of_others(other.case)
     ]
     same = [other for other in float_ones if other.case.engine == case.engine]
     return max(same or float_ones, key=lambda other: measure_speed(other.rounds, 1).fps, default=None)
+
+
+def is_of_others(case: BenchmarkCase) -> bool:
+    """Whether it may be another network than the other cases'."""
+    return bool(case.file) and not case.shares_network
 
 
 def peak_share(entry: CaseResult, images: int, beside: Sequence[CaseResult]) -> float | None:

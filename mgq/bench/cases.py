@@ -41,7 +41,8 @@ class BenchmarkCase:
     mend it, where the engine is not there or cannot run the network. Those with the same ``answers`` have to give the
     same; None: it is compared with nobody. ``rounds_otherwise``: its int8 is not MegEngine's to the bit. ``target`` is
     what an int8 network was quantized for, ``file`` the name of a file that is not mgq's. ``macs``: what one picture
-    takes to multiply and add, where known. ``is_peak``: no network at all, but the processor's ceiling.
+    takes to multiply and add, where known. ``shares_network``: other files are of the same network, and float among
+    them is what int8 is measured by. ``is_peak``: no network at all, but the processor's ceiling.
     """
 
     network: str
@@ -54,6 +55,7 @@ class BenchmarkCase:
     target: str = ""
     file: str = ""
     macs: int | None = None
+    shares_network: bool = False
     is_peak: bool = False
 
 

@@ -127,6 +127,12 @@ def read_deployed_file(path: Path) -> DeployedFile:
     raise InputError(f"{printable(path)} cannot be measured for itself: give .onnx files and native libraries")
 
 
+def list_sizes(settings: Settings) -> tuple[tuple[int, int], ...]:
+    """Height and width of the pictures by which the deployed files of ``settings`` are measured."""
+    squares = {path: read_deployed_file(path).image_size or settings.image_size for path in settings.files}
+    return tuple(dict.fromkeys(read_stretched_size(path) or (side, side) for path, side in squares.items()))
+
+
 def find_batch(paths: Sequence[Path], wanted: int | None) -> int:
     """The batch by which the files at ``paths`` are measured: the one that they take, where they leave no other.
 
@@ -159,6 +165,7 @@ def file_cases(settings: Settings, machine: Machine) -> list[BenchmarkCase]:
                     threads=threads,
                     answers=str(file.path),
                     file=file.path.name,
+                    shares_network=settings.share_network,
                 )
                 for engine in BACKENDS
                 if engine.suffix == file.path.suffix.lower() and engine.is_installed and engine.reads(file.path)

@@ -44,9 +44,9 @@ class Settings:
     """One benchmark: which rows, and how they are measured. Make it by :func:`make_settings`.
 
     ``yardstick``: float32 runs in the fastest engine alone, for the ratio. ``threads`` are numbers of threads, each a
-    set of rows. ``against`` are other ONNX files, ``files`` deployed ones in the place of networks. Weights come from
-    the runs under ``save``, where it has some. ``image_size`` is in pixels on a side, ``seed`` is that of the shuffled
-    order of turns.
+    set of rows. ``against`` are other ONNX files, ``files`` deployed ones in the place of networks; where they
+    ``share_network``, int8 is measured by the float ones among them. Weights come from the runs under ``save``, where
+    it has some. ``image_size`` is in pixels on a side, ``seed`` is that of the shuffled order of turns.
     """
 
     networks: tuple[str, ...] = EXAMPLE_NETWORKS
@@ -59,6 +59,7 @@ class Settings:
     yardstick: bool = False
     against: tuple[Path, ...] = ()
     files: tuple[Path, ...] = ()
+    share_network: bool = False
     save: Path = RUNS
     seed: int = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -211,6 +211,7 @@ class BenchCommand(ImportOptions):
         from mgq.io.atomic import atomic_output
 
         arch, files = self.arch or [], self.files or []
+        share_network = not files
         with contextlib.ExitStack() as stack:
             is_written = self.json_file not in (None, STDOUT)
             json_file = stack.enter_context(atomic_output(Path(str(self.json_file)))) if is_written else None
@@ -218,7 +219,7 @@ class BenchCommand(ImportOptions):
             if self.checkpoint is not None or is_own(arch):
                 folder = stack.enter_context(temporary_folder())
                 arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish, self.key)]
-            report = run_benchmark(self.settings(arch, files))
+            report = run_benchmark(replace(self.settings(arch, files), share_network=share_network))
             if json_file is not None:
                 json_file.write_text(report.to_json(), encoding="utf-8")
             if image is not None and self.plot is not None:

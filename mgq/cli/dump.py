@@ -376,7 +376,7 @@ def measure_speed(
     A file for one engine is written again where that runs it sooner with some layers in float, unless it was tuned.
     """
     from mgq.cli.console import note
-    from mgq.engine.classifier.deployment import measure_file
+    from mgq.engine.classifier.deployment import TIMING, measure_file
     from mgq.engine.classifier.dump import dump_classifier
     from mgq.engine.classifier.open import to_float
     from mgq.engine.classifier.parity import make_views
@@ -385,7 +385,7 @@ def measure_speed(
     write = partial(dump_classifier, classifier, batch=wanted.batch, engine=wanted.engine, keep_input=wanted.keep_input)
     images = make_views(classifier) if images is None else images
     form = ANY_ENGINE if wanted.tune else wanted.engine
-    note("timing int8 beside float in each engine")
+    note(TIMING)
     return measure_file(to_float(classifier), dumped, images, write, form, source)
 
 

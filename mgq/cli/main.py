@@ -23,10 +23,8 @@ from click.exceptions import ClickException, NoArgsIsHelpError, NoSuchCommand, N
 from mgq.cli.help_layout import Verb
 from mgq.errors import MgqError, nearest, printable
 from mgq.machine import DEBUG_VARIABLE, hush_decoders, is_debugging, package_version, set_library_defaults
-from mgq.system.end_signals import END_REQUEST
+from mgq.system.end_signals import END_REQUEST, INTERRUPTED
 from mgq.system.mpi_world import World, find_world
-
-INTERRUPTED = 130
 
 # Plain help: rich's takes twice as long to come, and typer's mixture of both prints stray backslashes.
 typer.core.HAS_RICH = False

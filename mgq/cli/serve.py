@@ -23,6 +23,7 @@ from mgq.errors import InputError, printable
 if TYPE_CHECKING:
     from mgq.service.limits import Limits
 
+WAIT_MS = 2.0
 SERVED = (".onnx", ".so")
 
 
@@ -62,11 +63,15 @@ class ServeCommand:
         typer.Option("--batch", click_type=COUNT, help="Pictures that run together.", show_default="16; native: 1"),
     ] = None
     wait: Annotated[
-        float,
+        float | None,
         typer.Option(
-            "--wait", click_type=AT_LEAST_ZERO, metavar="MS", help="Longest wait for pictures to run together."
+            "--wait",
+            click_type=AT_LEAST_ZERO,
+            metavar="MS",
+            help="Longest wait for pictures to run together.",
+            show_default="2",
         ),
-    ] = 2.0
+    ] = None
     max_body: Annotated[float, typer.Option("--max-body", click_type=FACTOR, metavar="MB", help="Largest request.")] = (
         20.0
     )
@@ -106,12 +111,21 @@ class ServeCommand:
             network = open_network(options, None, on_progress, Usage(kept=True, threads=self.threads))
         note(f"{network.spec.name}, {network.origin}")
         service = Service(network, self.limits(), note)
-        if self.batch is not None and service.batcher.most < self.batch:
+        self.refuse_idle_batching(service.batcher.most)
+        serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))
+        note("stopped: every request that had come is answered")
+
+    def refuse_idle_batching(self, most: int) -> None:
+        """Raises InputError for options on pictures that run together, where at most ``most`` do."""
+        if self.batch is not None and most < self.batch:
             raise InputError(
                 "the file takes one picture at a time: leave --batch out, or write it by `mgq dump --batch 0`"
             )
-        serve(service, listening, lambda address: say(f"{address} answers; Ctrl-C or SIGTERM ends it"))
-        note("stopped: every request that had come is answered")
+        if self.wait is not None and most == 1:
+            mend = "give more by --batch" if self.batch == 1 else "give --batch, where the file takes more"
+            raise InputError(
+                f"--wait is for pictures that run together, and here each runs alone: {mend}, or leave it out"
+            )
 
     def limits(self) -> Limits:
         """What one client may ask of the service."""
@@ -123,7 +137,7 @@ class ServeCommand:
             body_s=self.timeout,
             answer_s=self.timeout,
             batch=self.batch,
-            gather_s=self.wait / 1000,
+            gather_s=(WAIT_MS if self.wait is None else self.wait) / 1000,
         )
 
 

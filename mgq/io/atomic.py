@@ -106,12 +106,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_output(path: Path) -> Iterator[Path]:
     """As :func:`atomic_write`, for a file that a user names: its folder is made where there is none, and taken away
     again where the block fails."""
+    with make_folder_for(path), atomic_write(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def make_folder_for(path: Path, mend: str = "choose another folder") -> Iterator[None]:
+    """Makes the folder of ``path``, which the block writes; takes away what it made where the block fails or is
+    interrupted. Raises as :func:`ensure_writable_folder` does."""
     folder = path.absolute().parent
     missing = list_missing(folder)
     try:
-        ensure_writable_folder(folder)
-        with atomic_write(path) as temporary:
-            yield temporary
+        ensure_writable_folder(folder, mend)
+        yield
     except BaseException:
         remove_empty(missing)
         raise

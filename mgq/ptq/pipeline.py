@@ -9,6 +9,7 @@ or few logits, leave much of that to chance: the less sure their verdict, the mo
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,7 +174,8 @@ class SearchResult:
 
     def summary(self) -> str:
         """What was done and what was left out, in one line."""
-        others = dict.fromkeys(step for trial in self.trials for step in trial.steps if step not in self.best.steps)
+        kept = {kind_of(step) for step in self.best.steps}
+        others = dict.fromkeys(step for trial in self.trials for step in trial.steps if kind_of(step) not in kept)
         images = "image" if self.judged_on == 1 else "images"
         kind = f"{images} held back" if self.held_back else f"{images} that it was fitted to, too few to hold some back"
         left = f"; left out, as it did not help: {', '.join(others)}" if others else ""
@@ -181,6 +183,11 @@ class SearchResult:
         most = max(trial.snr for trial in self.trials)
         chance = f" (others up to {most:.1f}, thought to be chance)" if most > self.best.snr + EQUAL else ""
         return f"{done}: logits {self.best.snr:.1f} dB on {self.judged_on} {kind}{chance}{left}"
+
+
+def kind_of(step: str) -> str:
+    """The name of a step without the number of images that it took: tried with few and with all, it is one step."""
+    return re.sub(r" on \d+ images?$", "", step)
 
 
 def split(images: npt.NDArray[Kind]) -> tuple[npt.NDArray[Kind], npt.NDArray[Kind]]:

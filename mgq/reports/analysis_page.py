@@ -9,10 +9,9 @@ from pathlib import Path
 from mgq.engine.calibration.analysis import Analysis, format_decibels, format_points
 from mgq.engine.classifier.open import versions
 from mgq.errors import plural
-from mgq.io.atomic import write_text_atomically
 from mgq.ptq.sensitivity import EXACT, LayerSensitivity, Values
 from mgq.reports.drawings import Bar, Curve, Dot, Drawing, Line, Outline, Shape, Text
-from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Link, Table, render
+from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Link, Table, render, write_html
 
 MARKED = 10
 """The number of worst layers that are drawn in the colour of warning."""
@@ -22,8 +21,8 @@ STEP = 15.0
 
 
 def write_page(analysis: Analysis, path: Path) -> None:
-    """Write the page to ``path``. Raises as :func:`mgq.io.atomic.atomic_write` does."""
-    write_text_atomically(path, page_of(analysis))
+    """Write the page to ``path``. Raises as :func:`mgq.io.atomic.atomic_output` does."""
+    write_html(page_of(analysis), path)
 
 
 def page_of(analysis: Analysis) -> str:

@@ -21,7 +21,6 @@ from mgq.engine.classifier.network_options import NetworkOptions
 from mgq.engine.classifier.predict import ClassScore, best_scores
 from mgq.errors import InputError
 from mgq.events import OnProgress
-from mgq.io.atomic import write_text_atomically
 from mgq.io.download import sha256_of
 from mgq.reports.contents import FileReport, WrongAnswer, precision_of
 from mgq.reports.engine_rows import (
@@ -34,7 +33,7 @@ from mgq.reports.engine_rows import (
     with_answers,
 )
 from mgq.reports.file_page import page_of
-from mgq.reports.html import check_page_path
+from mgq.reports.html import check_page_path, write_html
 from mgq.reports.measurements import Measurements, crops_at, name_of, thumbnail_of
 from mgq.reports.report_options import ReportOptions
 from mgq.runtime.registry import BACKENDS, Backend
@@ -78,7 +77,7 @@ def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> 
         command=options.command_for(path),
         page=page,
     )
-    write_text_atomically(page, page_of(result))
+    write_html(page_of(result), page)
     return result
 
 

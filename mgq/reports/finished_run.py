@@ -24,7 +24,7 @@ from mgq.errors import InputError, plural, printable
 from mgq.events import OnProgress, log_progress
 from mgq.weights.checkpoint import CheckpointInfo
 from mgq.weights.state_selection import parse_key
-from mgq.zoo.registry import spec_of
+from mgq.zoo.registry import ModelSpec, spec_of
 from mgq.zoo.weight_loading import Weights, read_packaged_weights, read_weights
 
 KINDS = ("qat", "calibration", "normal")
@@ -155,9 +155,17 @@ def find_newest_folder(save: Path, arch: str | None = None) -> Path:
     pattern = "*" if spec is None else glob.escape(spec.name)
     found = find_newest(path for kind in KINDS for path in save.glob(f"{pattern}.{kind}/{RUN_CHECKPOINT}"))
     if found is None:
-        of, option = ("", "") if spec is None else (f" of {spec.name}", f" -a {shlex.quote(spec.typed)}")
-        raise InputError(f"there is no run{of} under {printable(save)}: `mgq qat{option}` makes one, or pass -s FOLDER")
+        of = "" if spec is None else f" of {spec.name}"
+        maker = describe_maker(spec)
+        raise InputError(f"there is no run{of} under {printable(save)}: `{maker}` makes one, or pass -s FOLDER")
     return found.parent
+
+
+def describe_maker(spec: ModelSpec | None) -> str:
+    """The command that makes an int8 run of ``spec``, or of any network."""
+    if spec is None:
+        return "mgq qat"
+    return "mgq calibrate -c FILE -d FOLDER" if spec.is_described else f"mgq qat -a {shlex.quote(spec.typed)}"
 
 
 def find_folder(name: Path, save: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -11,17 +12,18 @@ from mgq.engine.classifier.onnx_import import refuse_other_import
 from mgq.engine.classifier.open import versions
 from mgq.errors import InputError, plural, printable
 from mgq.events import OnProgress, log_progress
-from mgq.io.atomic import write_text_atomically
 from mgq.reports.backend_comparison import SHOWN as ENGINES
 from mgq.reports.backend_comparison import compare_backends
 from mgq.reports.contents import Report
 from mgq.reports.finished_run import Run, find_float_weights, find_run, float_metrics, images_of
-from mgq.reports.html import check_page_path
+from mgq.reports.html import check_page_path, write_html
 from mgq.reports.report_options import ReportOptions
 from mgq.reports.report_page import page_of
 from mgq.reports.run_predictions import measure_networks, networks_of
 from mgq.system.environment import this_machine
-from mgq.zoo.registry import spec_of
+from mgq.weights.checkpoint import info_of
+from mgq.weights.state_file import read_state
+from mgq.zoo.registry import spec_for, spec_of
 from mgq.zoo.weight_loading import Weights, read_weights
 
 PAGE = "report.html"
@@ -33,7 +35,8 @@ def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -
     Images that the run knows of and that are gone cost their parts of the page alone.
     """
     machine = this_machine()  # as it is before the work begins
-    run = find_run(options.run, options.save, options.arch)
+    run, checkpoint = choose_run(options)
+    options = replace(options, checkpoint=checkpoint)
     if options.arch not in (None, run.weights.arch):
         raise InputError(f"{printable(run.path)} is a run of {run.weights.arch}, not of {options.arch}; leave out -a")
     page = check_page_path(options.output or run.path / PAGE, "--output")
@@ -70,8 +73,24 @@ def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -
         command=options.command_for(run.path),
         page=page,
     )
-    write_text_atomically(page, page_of(result))
+    write_html(page_of(result), page)
     return result
+
+
+def choose_run(options: ReportOptions) -> tuple[Run, Path | None]:
+    """The run that ``options`` name, and the file of the float network to compare with, where they give one.
+
+    Where no run is named, ``-c`` tells it: an int8 checkpoint is that of the run, and of a float network it is the
+    newest run. Raises InputError as :func:`find_run` does.
+    """
+    file = options.checkpoint
+    if options.run is not None or file is None:
+        return find_run(options.run, options.save, options.arch), file
+    info = info_of(read_state(file, options.key).metadata, printable(file))
+    if info is not None and info.mode == "qat":
+        return find_run(file, options.save), None
+    arch = None if info is None else spec_for(info.arch, info.options).name
+    return find_run(None, options.save, options.arch or arch), file
 
 
 def find_float_network(run: Run, checkpoint: Path | None, key: str | None) -> tuple[Weights | None, str]:

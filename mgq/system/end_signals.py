@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,12 +18,20 @@ def end_signals() -> tuple[signal.Signals, ...]:
     return (*always, signal.SIGHUP)
 
 
+INTERRUPTED = 130
+"""The exit code of a command that was ended so."""
 IMPORT = "<frozen importlib._bootstrap>"
 """The file of the code that loads modules."""
 ALARM = getattr(signal, "SIGALRM", None)
 """The signal of a timer, on systems that have one."""
 AGAIN_S = 0.02
 """So long a signal waits until it is asked again whether modules are loaded."""
+
+
+def leave_at_once(number: int, frame: FrameType | None) -> None:
+    """A handler for what comes before the command has begun or after its end: one line, and this process is over."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 class EndRequest:
@@ -40,7 +49,7 @@ class EndRequest:
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """Signals that would end the process raise KeyboardInterrupt meanwhile; afterwards they do what they did."""
-        usual = (signal.SIG_DFL, signal.default_int_handler)
+        usual = (signal.SIG_DFL, signal.default_int_handler, leave_at_once)
         is_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.getsignal(number) for number in end_signals()} if is_main else {}
         ours = {number: handler for number, handler in before.items() if handler in usual}

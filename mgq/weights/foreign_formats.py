@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import PurePath
 
 _TAKEN = "`mgq calibrate -c model.onnx -d PHOTOS` takes it"
 _FED = f"{_TAKEN}, with --preprocess as Keras fed it"
@@ -26,7 +27,25 @@ WHOLE_MODEL = (
     "an ONNX file, torch.onnx.export(model, x, 'model.onnx')"
 )
 WHOLE_YOLO = f"it is ultralytics': as ONNX (yolo export model=FILE format=onnx) {_TAKEN}"
-_ENDINGS = {".pb": TENSORFLOW, ".index": TENSORFLOW, ".meta": TENSORFLOW, ".keras": KERAS, ".tflite": TFLITE}
+PADDLE = (
+    "is Paddle's: as ONNX (paddle2onnx --model_dir FOLDER --model_filename FILE.pdmodel --params_filename "
+    f"FILE.pdiparams --save_file model.onnx) {_TAKEN}"
+)
+_ENDINGS = {
+    **dict.fromkeys((".pb", ".index", ".meta"), TENSORFLOW),
+    ".keras": KERAS,
+    ".tflite": TFLITE,
+    **dict.fromkeys((".pdparams", ".pdmodel", ".pdiparams"), PADDLE),
+}
+_PROGRAMS = {
+    "Caffe": (".caffemodel", ".prototxt"),
+    "Core ML": (".mlmodel", ".mlpackage"),
+    "TensorRT": (".engine", ".plan", ".trt"),
+    "OpenVINO": (".xml",),
+    "ncnn": (".param",),
+    "MNN": (".mnn",),
+}
+"""Programs whose files nothing turns into ONNX, and the endings of these."""
 
 
 def identify_file(data: bytes) -> str | None:
@@ -62,7 +81,11 @@ def identify_name(name: str) -> str | None:
     """What a file that could not be read may be by its ``name``."""
     if ".data-0" in name:
         return TENSORFLOW
-    return next((what for ending, what in _ENDINGS.items() if name.lower().endswith(ending)), None)
+    ending = PurePath(name.lower()).suffix
+    program = next((program for program, endings in _PROGRAMS.items() if ending in endings), None)
+    if program is None:
+        return _ENDINGS.get(ending)
+    return f"is a file of {program}, which is not read: write the network as ONNX where it was trained; {_TAKEN}"
 
 
 def identify_model(pickle: bytes) -> str | None:

@@ -36,7 +36,7 @@ def test_report_compares_int8_with_no_other_import(tmp_path: Path, mgq: Mgq) -> 
     for number in range(4):
         cv2.imwrite(str(tmp_path / f"{number}.png"), random.integers(0, 256, (40, 40, 3), np.uint8))
     calibrated = mgq("calibrate", *sorted(tmp_path.glob("*.png")), "-c", path, "--quality", "fast")
-    assert calibrated.code == 0, calibrated
+    assert calibrated.code == 0 and "timing int8 beside float in each engine" in calibrated.err, calibrated
     said = mgq("report", "-c", path, "--preprocess", "tf", "--no-engines")
     assert "fed as torch" in said.err, said
     assert the_error(said).endswith("run `mgq calibrate` again with -c")
@@ -55,3 +55,4 @@ def test_an_imported_network_is_measured_in_float_and_in_int8(tmp_path: Path, mg
     assert said.code == 0, said
     files = {Path(file).name for file in json.loads(said.out)["settings"]["files"]}
     assert {"model.float.onnx", "model.imported.onnx", "model.int8.onnx", "model.int8.openvino.onnx"} <= files
+    assert all((row["precision"] == "int8") == (row["speedup"] is not None) for row in json.loads(said.out)["rows"])

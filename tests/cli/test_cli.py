@@ -263,6 +263,21 @@ def test_the_command_waits_for_a_thread_that_works_on(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == "done\n"
 
 
+@pytest.mark.parametrize("loaded", ["mgq.cli.main", "typer", "click"])
+def test_ctrl_c_is_one_line_while_the_command_is_loaded(tmp_path: Path, loaded: str) -> None:
+    """It was Python's traceback."""
+    code = (
+        "import os, runpy, signal, sys; sys.argv = ['mgq', 'models']\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, *others):\n"
+        f"        if name == {loaded!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+        "runpy.run_module('mgq', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["sigterm", "closed terminal"])
 def test_a_signal_interrupts_a_command_and_ends_the_program_that_called_it(
     mgq: Mgq, monkeypatch: pytest.MonkeyPatch, number: signal.Signals

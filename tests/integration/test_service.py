@@ -185,6 +185,21 @@ def test_a_batch_that_the_file_does_not_take_is_refused(deployed: Path, mgq: Mgq
     )
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "mend"),
+    [
+        ("one.onnx", (), "give --batch, where the file takes more"),
+        ("any.onnx", ("--engine", "native"), "give --batch, where"),
+        ("any.onnx", ("--engine", "onnxruntime", "--batch", "1"), "give more by --batch"),
+    ],
+)
+def test_a_wait_for_others_is_refused_where_each_picture_runs_alone(
+    deployed: Path, mgq: Mgq, file: str, words: tuple[str, ...], mend: str
+) -> None:
+    said = the_error(mgq("serve", "-c", deployed / file, *words, "--wait", "5", "--port", "0"))
+    assert one_line_about(said, "--wait", "each runs alone", mend)
+
+
 # ---- limits ----
 
 

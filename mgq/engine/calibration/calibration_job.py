@@ -20,7 +20,7 @@ from mgq.engine.calibration.calibration_run import (
     estimate_seconds,
 )
 from mgq.engine.calibration.mixed_precision import MixedPrecisionResult, rank_layers, search_float_layers
-from mgq.engine.classifier.deployment import Deployment, deploy
+from mgq.engine.classifier.deployment import TIMING, Deployment, deploy
 from mgq.engine.classifier.evaluate import evaluate
 from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.input_advice import advise_on_input
@@ -31,7 +31,7 @@ from mgq.engine.classifier.onnx_import import find_float_input
 from mgq.engine.classifier.open import Classifier, find_newest_arch, open_classifier
 from mgq.errors import InputError, plural, printable
 from mgq.events import NO_CALLBACKS, Callbacks, duration
-from mgq.io.atomic import ensure_writable_folder, refuse_unwritable_folder
+from mgq.io.atomic import refuse_unwritable_folder
 from mgq.ptq.presets import CalibrationConfig, count_images_used
 from mgq.quantization.modes import Mode
 from mgq.quantization.option_names import BEST
@@ -119,7 +119,7 @@ def run_calibration(options: CalibrateOptions, callbacks: Callbacks = NO_CALLBAC
     if labelled is not None and comparison is None:
         comparison = compare(classifier, result.classifier, labelled, options, callbacks)
     report_advice(classifier, labelled, comparison, callbacks)
-    deployment = deploy_imported(classifier, result, found.sources, labelled, checkpoint.parent, options)
+    deployment = deploy_imported(classifier, result, found.sources, labelled, checkpoint.parent, options, callbacks)
     return CalibrationResult(
         result, checkpoint, comparison, mixed, found.name, found.why_not, classifier.origin, deployment
     )
@@ -142,6 +142,7 @@ def deploy_imported(
     labelled: Dataset | None,
     folder: Path,
     options: CalibrateOptions,
+    callbacks: Callbacks,
 ) -> Deployment | None:
     """An int8 file of an imported network in ``folder``, measured on the ``labelled`` images, else on ``sources``; None
     of other networks, and without images. Its forms are corrected by those of ``sources`` that it was calibrated on.
@@ -152,6 +153,7 @@ def deploy_imported(
     images = read_some_crops(classifier, labelled or sources)
     seen = None if options.data_free else choose_images(sources, options.images, make_config(options))
     fit = None if seen is None else read_some_crops(classifier, seen)
+    callbacks.on_message(TIMING)
     return deploy(classifier, result.classifier, file, images, options.keep_input, options.source, fit)
 
 
@@ -197,7 +199,7 @@ def refuse_unwritable_folders(options: CalibrateOptions) -> None:
     if options.ranges_file is not None:
         if options.ranges_file.is_dir():
             raise InputError(f"--ranges {printable(options.ranges_file)} is a folder: give the name of a file")
-        ensure_writable_folder(options.ranges_file.absolute().parent)
+        refuse_unwritable_folder(options.ranges_file.absolute().parent)
 
 
 def announce(

@@ -58,6 +58,10 @@ def is_slow(speedup: float | None) -> bool:
     return speedup is not None and speedup < EQUAL_SPEED
 
 
+TIMING = "timing int8 beside float in each engine"
+"""What is said of it before the work, which may take a minute."""
+
+
 @dataclass(frozen=True)
 class EngineRow:
     """The fastest int8 file beside float in one engine: milliseconds for a picture, the middle of all turns; what int8
@@ -177,9 +181,17 @@ def float_file_of(
     Raises as the dump does.
     """
     with temporary_folder() as folder:
-        dumped = dump_classifier(normal, folder / "float.onnx", batch=batch)
-        own = write_own_file(normal, images, source, folder / "own.onnx")
-        yield FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images, own)
+        yield write_float_file(normal, images, source, folder, batch)
+
+
+def write_float_file(
+    normal: Classifier, images: Images, source: Path | None, folder: Path, batch: int | None = 1
+) -> FloatFile:
+    """As :func:`float_file_of`, in ``folder``, to be kept."""
+    name = normal.spec.name
+    dumped = dump_classifier(normal, folder / f"{name}.float.onnx", batch=batch)
+    own = write_own_file(normal, images, source, folder / f"{name}.imported.onnx")
+    return FloatFile(dumped.path, dumped.size, normal_logits(normal, images), images, own)
 
 
 def write_own_file(normal: Classifier, images: Images, source: Path | None, path: Path) -> Path | None:
@@ -210,17 +222,27 @@ def deploy(
     ``source``, which ``normal`` was imported from. The float file, and that of an engine in ``FIXED_BATCHES``, takes a
     picture at a time; that at ``path`` takes any number. Raises as the dump does.
     """
+    with float_file_of(normal, images, source) as beside:
+        return deploy_beside(beside, int8, path, keep_input, find_float_answers(normal, fit))
+
+
+def find_float_answers(normal: Classifier, fit: Images | None) -> FloatAnswers | None:
+    return None if fit is None else FloatAnswers(fit, normal_logits(normal, fit))
+
+
+def deploy_beside(
+    beside: FloatFile, int8: Classifier, path: Path, keep_input: bool = False, wanted: FloatAnswers | None = None
+) -> Deployment:
+    """As :func:`deploy`, with the float files that are there; ``wanted``, what forms are corrected by."""
     int8 = convert(int8, Mode.QUANTIZED)
     dumped = dump_classifier(int8, path, batch=None, keep_input=keep_input)
-    wanted = None if fit is None else FloatAnswers(fit, normal_logits(normal, fit))
-    with float_file_of(normal, images, source) as beside:
-        writers = [
-            EngineFileWriter(int8, engine, keep_input, None if keep_input else FIXED_BATCHES.get(engine.key), wanted)
-            for engine in list_backends(path)
-        ]
-        rows = tuple(measure_forms(beside, path, writer) for writer in writers)
-        drop_slower_forms(path, rows)
-        return Deployment(path, beside.size, dumped.size, len(images), usable_cores(), rows)
+    writers = [
+        EngineFileWriter(int8, engine, keep_input, None if keep_input else FIXED_BATCHES.get(engine.key), wanted)
+        for engine in list_backends(path)
+    ]
+    rows = tuple(measure_forms(beside, path, writer) for writer in writers)
+    drop_slower_forms(path, rows)
+    return Deployment(path, beside.size, dumped.size, len(beside.images), usable_cores(), rows)
 
 
 def measure_file(
@@ -290,11 +312,10 @@ def write_candidates(
     that are faster in an engine that is installed: :func:`deploy` says how they are found. ``images`` and ``fit`` are
     as there. Raises as the dump does.
     """
-    name = normal.spec.name
-    floats = dump_classifier(normal, folder / f"{name}.float.onnx").path
-    own = write_own_file(normal, images, source, folder / f"{name}.imported.onnx")
-    files = deploy(normal, int8, folder / f"{name}.int8.onnx", images, source=source, fit=fit).files
-    return [floats, *([own] if own else []), *files]
+    beside = write_float_file(normal, images, source, folder)
+    wanted = find_float_answers(normal, fit)
+    files = deploy_beside(beside, int8, folder / f"{normal.spec.name}.int8.onnx", wanted=wanted).files
+    return [beside.path, *([beside.own] if beside.own else []), *files]
 
 
 def write_engine_form(writer: EngineFileWriter, beside: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from mgq.errors import FailureError, InputError
 from mgq.export.formats import find_format, format_of, refuse_format, refuse_words_of_other_formats
 from mgq.export.megengine.writer import write_megengine
 from mgq.export.onnx.writer import model_of, plain_graph, write_onnx
-from mgq.io.atomic import atomic_write, ensure_writable_folder
+from mgq.io.atomic import atomic_write, make_folder_for
 from mgq.io.temporary_folders import temporary_folder
 from mgq.quantization.modes import Mode, parse_mode
 from mgq.quantization.option_names import ANY_ENGINE
@@ -90,15 +90,15 @@ def dump_classifier(
     """
     kind = format_for(classifier, path, kind)
     refuse_words_of_other_formats(kind, input_type, batch, cpu, engine, keep_input)
-    ensure_writable_folder(path.absolute().parent)
-    cat = classifier.crop(read_image(bundled_cat()))
-    classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
-    if kind == "native":
-        return dump_native(classifier, path, cpu)
-    if kind == "onnx":
-        return dump_onnx(classifier, path, batch, rewrites, engine, keep_input, float_share)
-    assert batch is not None
-    return dump_megengine(classifier, path, input_type, batch, cat)
+    with make_folder_for(path):
+        cat = classifier.crop(read_image(bundled_cat()))
+        classifier.logits(to_batch([cat]))  # which refuses answers that are not finite
+        if kind == "native":
+            return dump_native(classifier, path, cpu)
+        if kind == "onnx":
+            return dump_onnx(classifier, path, batch, rewrites, engine, keep_input, float_share)
+        assert batch is not None
+        return dump_megengine(classifier, path, input_type, batch, cat)
 
 
 def dump_megengine(classifier: Classifier, path: Path, input_type: str, batch: int, cat: npt.NDArray[np.uint8]) -> Dump:

@@ -41,7 +41,7 @@ def advise_on_input(classifier: Classifier, dataset: Dataset, found: Evaluation)
     shares = measure(normal, subset(dataset, PICTURES), had, known)
     pictures = f"{min(PICTURES, found.images)} of the pictures"
     best = max(shares, key=lambda words: shares[words])
-    if shares[best] <= chance_of(found) + CLEARLY * found.top1_error:
+    if shares[best] <= max(found.top1, most_by_chance(found, min(PICTURES, found.images))):
         others = "neither --rgb nor --bgr" if takes_pixels else "no --preprocess"
         return (
             f"top-1 is at the level of chance, and {others} gives more on {pictures}: are the names of the "
@@ -69,8 +69,14 @@ def chance_of(found: Evaluation) -> float:
     return 100 / len(np.unique(found.labels))
 
 
+def most_by_chance(found: Evaluation, images: int) -> float:
+    """The percent of right answers to so many ``images`` that is no clear sign of more than guessing."""
+    chance = chance_of(found)
+    return chance + CLEARLY * float(np.sqrt(chance * (100 - chance) / images))
+
+
 def is_chance(found: Evaluation) -> bool:
-    return len(np.unique(found.labels)) > 1 and found.top1 <= chance_of(found) + CLEARLY * found.top1_error
+    return len(np.unique(found.labels)) > 1 and found.top1 <= most_by_chance(found, found.images)
 
 
 def candidates(takes_pixels: bool = False) -> Iterator[InputContract]:

@@ -27,7 +27,7 @@ from mgq.graph.onnx_import.constants import attributes_of
 from mgq.graph.onnx_import.draft import NetworkDraft
 from mgq.graph.onnx_import.input_contract import fold_contract
 from mgq.graph.onnx_import.reader import read_network
-from mgq.io.atomic import ensure_writable_folder
+from mgq.io.atomic import make_folder_for
 from mgq.io.download import sha256_of
 from mgq.io.records import record_of
 from mgq.machine import mute_stderr
@@ -92,8 +92,8 @@ def import_checkpoint(path: Path, save: Path, wish: ImportWish = NO_WISH, on_mes
 def keep_import(path: Path, known: Path, wish: ImportWish, digest: str, on_message: OnMessage) -> Path:
     """Import ``path``, whose SHA-256 is ``digest``, as the checkpoint ``known``."""
     classifier, remarks = import_classifier(path, wish, digest)
-    ensure_writable_folder(known.parent)
-    classifier.write_checkpoint(known)
+    with make_folder_for(known, "pass -s FOLDER"):
+        classifier.write_checkpoint(known)
     for remark in remarks:
         on_message(remark)
     on_message(f"imported: {known}")

@@ -23,7 +23,14 @@ from mgq.engine.runs.tensorboard import EventsFile
 from mgq.engine.runs.training_state import TrainingState, read_training_state, write_training_state
 from mgq.errors import InputError, printable
 from mgq.io.append import append_whole, drop_torn_line
-from mgq.io.atomic import drop_abandoned_in, ensure_writable_folder, explain_write_errors, write_text_atomically
+from mgq.io.atomic import (
+    drop_abandoned_in,
+    ensure_writable_folder,
+    explain_write_errors,
+    list_missing,
+    remove_empty,
+    write_text_atomically,
+)
 from mgq.io.limited_io import bytes_of
 from mgq.io.locks import drop_lock, take_lock
 
@@ -56,9 +63,17 @@ class RunFolder:
     Pickled, for a process that works for its owner, it comes without the lock.
     """
 
-    def __init__(self, path: Path, lock: filelock.BaseFileLock | None, kept: Path | None, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: filelock.BaseFileLock | None,
+        kept: Path | None,
+        tensorboard: bool,
+        made: Sequence[Path] = (),
+    ) -> None:
         self.path = path
         self.kept = kept
+        self._made = made  # folders above it that were not there before, from below
         self._lock = lock
         self._tensorboard = tensorboard
         self._events: EventsFile | None = None
@@ -72,6 +87,7 @@ class RunFolder:
         where another process is at work in the folder, or it cannot be written.
         """
         path = save / f"{arch}.{mode}"
+        made = list_missing(save)
         ensure_writable_folder(save, _ELSEWHERE)
         with _releasing_on_error(_take_lock(path)) as lock:
             kept = _move_aside(path)
@@ -82,7 +98,7 @@ class RunFolder:
                     with contextlib.suppress(OSError):  # the error under way says more
                         kept.rename(path)
                 raise
-            return cls(path, lock, kept, tensorboard)
+            return cls(path, lock, kept, tensorboard, made)
 
     @classmethod
     def open(cls, save: Path, arch: str, mode: str, tensorboard: bool = False) -> RunFolder:
@@ -180,13 +196,27 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            shutil.rmtree(self.path, ignore_errors=True)  # the error under way says more
-            if self.kept is not None:
-                with contextlib.suppress(OSError):
-                    self.kept.rename(self.path)
-            if self._lock is not None:
-                drop_lock(self._lock)
+            self._withdraw()
             raise
+
+    @contextlib.contextmanager
+    def saved_or_nothing(self) -> Iterator[None]:
+        """The same where the block ends so before it has saved a network, or a state to resume from."""
+        try:
+            yield
+        except BaseException:
+            if not self.checkpoint.is_file() and not self.last.is_file():
+                self._withdraw()
+            raise
+
+    def _withdraw(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)  # the error under way says more
+        if self.kept is not None:
+            with contextlib.suppress(OSError):
+                self.kept.rename(self.path)
+        if self._lock is not None:
+            drop_lock(self._lock)
+        remove_empty(self._made)
 
     def close(self) -> None:
         """Release the lock of the folder. To be called when all is written; a second call does nothing."""

@@ -242,14 +242,18 @@ def start_of(initial: InitialWeights, spec: ModelSpec) -> Start:
 
 @contextlib.contextmanager
 def create_run(job: TrainJob, callbacks: Callbacks) -> Iterator[RunFolder]:
-    """A new folder for the run, with its recipe and, for ``qat``, the float network that it begins with."""
+    """A new folder for the run, with its recipe and, for ``qat``, the float network that it begins with.
+
+    Nothing is left of a run that ends before it has saved anything, and the earlier one is back.
+    """
     recipe, train_options = job.recipe, job.train_options
     with RunFolder.create(train_options.save, recipe.arch, recipe.mode, train_options.tensorboard) as run:
         if run.notice:
             callbacks.on_message(run.notice)
         with run.whole_or_nothing():
             describe_start(job, run)
-        yield run
+        with run.saved_or_nothing():
+            yield run
 
 
 def describe_start(job: TrainJob, run: RunFolder) -> None:

@@ -13,11 +13,13 @@ import pytest
 
 from mgq.cli.dump import describe_parity
 from mgq.engine.classifier import deployment, parity
-from mgq.engine.classifier.deployment import Deployment, deploy
+from mgq.engine.classifier.deployment import Deployment, deploy, write_candidates
+from mgq.engine.classifier.dump import dump_classifier
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.engine.classifier.open import Classifier, quantize_with_ranges
 from mgq.engine.classifier.parity import STEPS, compute_reference, make_views
+from mgq.export.onnx.pixel_file import write_pixel_file
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
 from mgq.runtime.protocol import run_in_batches
@@ -149,6 +151,31 @@ def test_float_is_the_faster_of_its_files(
     assert {(row.float_ms, row.is_own_float) for row in rows} == {(float_ms, own_ms < FLOAT_MS)}
     rows = [row for row in deploy(*networks[:2], tmp_path / "b.onnx", networks[2]).rows if row.float_ms is not None]
     assert {(row.float_ms, row.is_own_float) for row in rows} == {(FLOAT_MS, False)}
+
+
+def test_the_files_of_a_benchmark_are_written_once(
+    networks: tuple[Classifier, Classifier, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float and the imported file were written a second time, to be compared with."""
+    written: list[str] = []
+    dump, write_own = dump_classifier, write_pixel_file
+
+    def count_dump(classifier: Classifier, path: Path, *arguments: Any, **words: Any) -> Any:
+        written.append(path.name)
+        return dump(classifier, path, *arguments, **words)
+
+    def count_own(source: Path, *arguments: Any) -> Any:
+        written.append(source.name)
+        return write_own(source, *arguments)
+
+    monkeypatch.setattr(deployment, "dump_classifier", count_dump)
+    monkeypatch.setattr(deployment, "write_pixel_file", count_own)
+    monkeypatch.setattr(deployment, "milliseconds", lambda runtimes, _: [0.1] * len(runtimes))
+    found = write_candidates(*networks[:2], tmp_path, networks[2], write(tmp_path / "small.onnx", "swishes"))
+    name = networks[0].spec.name
+    assert [path.name for path in found[:3]] == [f"{name}.{kind}.onnx" for kind in ("float", "imported", "int8")]
+    assert written.count("small.onnx") == 1
+    assert sum("float" in file for file in written) == 1
 
 
 def test_dump_measures_the_imported_file_too(

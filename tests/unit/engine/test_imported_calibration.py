@@ -16,6 +16,7 @@ from mgq.engine.calibration.calibrate_options import CalibrateOptions
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_checkpoint
 from mgq.engine.classifier.open import open_classifier
+from mgq.events import NO_CALLBACKS
 from mgq.quantization.modes import Mode
 from tests.fakes.foreign_models import write
 
@@ -81,6 +82,7 @@ def test_without_pictures_nothing_is_corrected(
     write_pictures(tmp_path / "photos")
     sources, classifier = expand([str(tmp_path / "photos")]), open_classifier(checkpoint=network, mode=Mode.NORMAL)
     result: Any = SimpleNamespace(classifier=classifier)
-    calibration_job.deploy_imported(classifier, result, sources, None, tmp_path, CalibrateOptions(data_free=True))
+    options = CalibrateOptions(data_free=True)
+    calibration_job.deploy_imported(classifier, result, sources, None, tmp_path, options, NO_CALLBACKS)
     [(compared, fit)] = deployed
     assert fit is None and len(set(compared)) == PICTURES

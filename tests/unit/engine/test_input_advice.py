@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
+from mgq.engine.classifier.evaluation_result import Evaluation
 from mgq.engine.classifier.import_wish import ImportWish
-from mgq.engine.classifier.input_advice import candidates, logits_fed, words_for
+from mgq.engine.classifier.input_advice import candidates, is_chance, logits_fed, words_for
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.zoo.input_contract import CONTRACTS
 from tests.conftest import Mgq
@@ -44,6 +45,15 @@ def photos(root: Path, shift: int = 0) -> Path:
             image = np.clip(color[::-1] + random.normal(0, 8, (40, 40, 3)), 0, 255).astype(np.uint8)
             cv2.imwrite(str(folder / f"{number}.png"), image)
     return root
+
+
+@pytest.mark.parametrize(("right", "is_guessing"), [(5, True), (7, True), (8, False), (12, False)])
+def test_chance_is_told_by_how_much_guesses_scatter(right: int, is_guessing: bool) -> None:
+    """8 of 20 right among 5 classes were called chance: it was added to by the error of these 8."""
+    labels = np.arange(20) % 5
+    answers = np.where(np.arange(20) < right, labels, (labels + 1) % 5)
+    found = Evaluation(20, 1.0, 100 * right / 20, 100.0, 1.0, answers, labels, np.arange(20), ("a", "b", "c", "d", "e"))
+    assert is_chance(found) == is_guessing
 
 
 @pytest.mark.parametrize("right", ["caffe", "torch"])

@@ -70,6 +70,19 @@ def test_what_is_whole_or_nothing_leaves_the_earlier_run_and_no_lock(tmp_path: P
         new_run(tmp_path)
 
 
+@pytest.mark.parametrize("saved", ["checkpoint.safetensors", "last.safetensors", None])
+def test_a_run_that_ends_before_it_saved_anything_leaves_nothing(tmp_path: Path, saved: str | None) -> None:
+    """Its log lay there without a checkpoint, and the earlier run under another name."""
+    save = tmp_path / "new" / "runs"
+    with pytest.raises(KeyboardInterrupt), new_run(save) as run, run.saved_or_nothing():
+        run.log("begun")
+        if saved:
+            (run.path / saved).touch()
+        raise KeyboardInterrupt
+    assert (save / "net.normal" / "log.txt").exists() == bool(saved)
+    assert (tmp_path / "new").exists() == bool(saved)
+
+
 def test_a_run_that_cannot_be_resumed_leaves_no_lock(tmp_path: Path) -> None:
     (tmp_path / "net.normal").mkdir()
     with pytest.raises(InputError, match=r"no last\.safetensors"):

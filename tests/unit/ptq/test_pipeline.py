@@ -26,6 +26,7 @@ from mgq.ptq.pipeline import (
     FEWEST,
     NO_NOISE,
     Candidate,
+    SearchResult,
     Trial,
     apply_steps,
     choose_best,
@@ -158,6 +159,13 @@ class TestSearch:
         assert "harm" not in found.best.steps
         assert "left out, as it did not help: harm" in found.summary()
         assert "\n" not in found.summary()
+
+    def test_a_step_that_was_kept_on_few_images_is_not_left_out_too(self) -> None:
+        few, all_of_them, other = ("biases on 16 images",), ("biases",), ("harm",)
+        trials = (Trial(few, 20.0), Trial(all_of_them, 20.0), Trial(other, 10.0))
+        draft = Draft(trained_like(SHUFFLE, {}), IMAGES, ONNX)
+        said = SearchResult(draft, trials[0], trials, judged_on=8, held_back=True).summary()
+        assert said.endswith("left out, as it did not help: harm")
 
     def test_a_finish_that_harms_is_left_out(self) -> None:
         network = trained_like(SHUFFLE, {})

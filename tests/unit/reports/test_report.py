@@ -26,8 +26,9 @@ from mgq.reports.report_options import ReportOptions
 from mgq.reports.run_predictions import choose_changes
 from mgq.reports.run_report import report_run
 from mgq.runtime.registry import get_backend
-from tests.conftest import SIZE, Mgq, Read, classifier_of, one_line_about, the_error, words_on
+from tests.conftest import SIZE, Mgq, Read, classifier_of, one_line_about, the_error, words_on, write_images
 from tests.fakes.finished_runs import ARCH, HOSTILE, NAMES, make_run
+from tests.fakes.foreign_models import write
 
 pytestmark = pytest.mark.usefixtures("short_shufflenet", "no_downloads")
 
@@ -224,3 +225,31 @@ def test_the_command_takes_the_newest_run_and_says_where_the_page_is(mgq: Mgq, t
 
 def test_without_a_run_the_way_to_one_is_named(mgq: Mgq) -> None:
     assert "mgq qat" in the_error(mgq("report"))
+
+
+def test_the_network_of_c_chooses_the_run(mgq: Mgq, tmp_path: Path) -> None:
+    """It was the newest run, of whatever network, and the message was about ``-a``, which nobody had typed."""
+    mine, other = write(tmp_path / "mine.onnx"), write(tmp_path / "other.onnx")
+    photos, words = tmp_path / "photos", ("--limit", "4", "--no-engines", "--json")
+    photos.mkdir()
+    for name in "abcdefghij":
+        write_images(photos / name, 2)
+    assert "`mgq calibrate -c FILE -d FOLDER` makes one" in the_error(mgq("report", "-c", mine, "-d", photos, *words))
+    for file in (mine, other):
+        said = mgq("calibrate", "-c", file, "-d", photos, "--images", "4", "--method", "min-max")
+        assert said.code == 0, said
+    for named in (mine, "runs/mine.calibration/checkpoint.safetensors"):
+        said = mgq("report", "-c", named, "-d", photos, *words)
+        assert json.loads(said.out)["run"] == "runs/mine.calibration"
+
+
+def test_a_page_in_a_new_folder_that_is_not_written_leaves_no_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mgq.reports.run_report.page_of", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        report(run, engines=False, limit=4, output=tmp_path / "new" / "folder" / "page.html")
+    assert not (tmp_path / "new").exists()
