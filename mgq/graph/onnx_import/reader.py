@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.graph.onnx_import.batch_mixing import OF_CHANNELS, lift, lift_channels, settle, settle_channels
+from mgq.graph.onnx_import.batch_mixing import (
+    OF_CHANNELS,
+    lift,
+    lift_channels,
+    reshape_to_picture,
+    settle,
+    settle_channels,
+)
 from mgq.graph.onnx_import.composed_operators import COMPOSED
 from mgq.graph.onnx_import.computed_norms import is_computed_norm, read_computed_norm
 from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
@@ -93,8 +100,10 @@ def read(node: Any, place: int, scope: Scope) -> None:
         elif node.op_type not in READERS and node.op_type not in COMPOSED:
             raise InputError(f"has a {what}, which is not imported")
         else:
+            before = len(scope.draft.plans)
             read_operator(node, scope)
             refuse_huge(scope, node)
+            refuse_infinite(scope.draft, before)
     except InputError:
         raise
     except UnknownFormError as error:
@@ -152,6 +161,8 @@ def read_operator(node: Any, scope: Scope) -> None:
         make_layers(lift_channels(node, scope), scope)
         settle_channels(node, scope.file_shape(node.input[0])[0], scope)
         return
+    if reshape_to_picture(node, scope):
+        return
     lifted = lift(node, scope)
     make_layers(lifted, scope)
     settle(lifted, scope)
@@ -207,6 +218,13 @@ def refuse_huge(scope: Scope, node: Any) -> None:
         layer = scope.layers.get(name)
         if layer is not None and math.prod(scope.draft.shape(layer)) > MOST_NUMBERS:
             raise UnknownFormError("makes more numbers than a classifier needs")
+
+
+def refuse_infinite(draft: NetworkDraft, before: int) -> None:
+    """Raise UnknownFormError where a layer behind those ``before`` has constants that are not finite."""
+    for plan in draft.plans[before:]:
+        if not all(np.isfinite(value).all() for value in draft.tensors[plan.name].values()):
+            raise UnknownFormError("computes with an infinite value: export it again")
 
 
 def end_in_classes(draft: NetworkDraft) -> None:
