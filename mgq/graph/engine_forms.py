@@ -17,19 +17,18 @@ from mgq.graph.channel_widening import widen_channels
 from mgq.graph.joined_axes import is_scale, join_leading_axes
 from mgq.graph.layer_graph import (
     UINT8_MAX,
-    Convolution,
     Graph,
     MaxPool,
     Node,
     Operation,
     QuantParams,
     Reshape,
-    RowProduct,
     Transpose,
     WeightedNode,
     products_per_number,
+    readers_in,
 )
-from mgq.quantization.activations import IDENTITY
+from mgq.graph.row_products import multiply_rows
 from mgq.quantization.option_names import ANY_ENGINE, FOR_ONNXRUNTIME, FOR_OPENVINO
 from mgq.zoo.blueprint import ACTIVATIONS, FLOAT
 
@@ -177,15 +176,6 @@ def list_parts_on_other_grids(node: Node, graph: Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in node.inputs if graph.grids.get(name) != whole))
 
 
-def readers_in(graph: Graph) -> dict[str, list[Node]]:
-    """Name of a tensor -> the nodes that read it."""
-    found: dict[str, list[Node]] = {name: [] for name in (graph.input, *(node.output for node in graph.nodes))}
-    for node in graph.nodes:
-        for name in node.inputs:
-            found[name].append(node)
-    return found
-
-
 def round_behind_transpositions(graph: Graph) -> Graph:
     """``graph`` with outputs of float layers rounded after their transposition instead of before it.
 
@@ -202,68 +192,6 @@ def round_behind_transpositions(graph: Graph) -> Graph:
 
 def for_openvino(graph: Graph) -> Graph:
     return round_behind_transpositions(compute_gates_in_float(round_before_all_joins(multiply_rows(graph))))
-
-
-def multiply_rows(graph: Graph, in_float: bool = False) -> Graph:
-    """``graph`` with linear layers over tokens as products of matrices, where they were convolutions of one position
-    between transpositions; those ``in_float`` alone.
-
-    Convolutions take OpenVINO up to 2.4 times as long. ONNX Runtime runs those of integers up to 1.3 times as fast as
-    products. Pictures whose channels come last stay convolutions, between which nothing has to be moved.
-    """
-    makers, readers = {node.output: node for node in graph.nodes}, readers_in(graph)
-    products: dict[str, RowProduct] = {}
-    replaced: set[str] = set()
-    for node in graph.nodes:
-        before, behind = makers.get(node.inputs[0]), readers[node.output]
-        if not isinstance(node, Convolution) or not is_over_tokens(node, before, behind, graph):
-            continue
-        assert before is not None
-        path = [node.output, behind[0].output]
-        source, result = skip_reshapes(before.inputs[0], path, graph, makers, readers)
-        if node.integers is not None and (in_float or source not in graph.grids):
-            continue
-        weight, integers = node.weight[:, :, 0, 0], None if node.integers is None else node.integers[:, :, 0, 0]
-        products[result] = RowProduct((source,), result, weight, node.bias, integers, node.scales)
-        replaced.update(path)
-    nodes = [products.get(node.output, node) for node in graph.nodes if node.output not in replaced - products.keys()]
-    grids = {name: grid for name, grid in graph.grids.items() if name not in replaced - products.keys()}
-    return drop_unread_moves(replace(graph, nodes=tuple(nodes), grids=grids)) if products else graph
-
-
-def is_over_tokens(node: Convolution, before: Node | None, behind: list[Node], graph: Graph) -> bool:
-    """Whether ``node`` multiplies each of a row of tokens, which are transposed for it ``before`` and ``behind``."""
-    is_plain = node.weight.shape[2:] == (1, 1) and node.groups == 1 and node.stride == (1, 1)
-    is_plain = is_plain and not any((*node.padding, *(node.padding_end or ()))) and node.activation is IDENTITY
-    is_between = isinstance(before, Transpose) and before.axes == (0, 3, 1, 2) and len(behind) == 1
-    is_between = is_between and isinstance(behind[0], Transpose) and behind[0].axes == (0, 2, 3, 1)
-    return is_plain and is_between and graph.shapes[node.output][3] == 1
-
-
-def skip_reshapes(
-    source: str, path: list[str], graph: Graph, makers: Mapping[str, Node], readers: Mapping[str, list[Node]]
-) -> tuple[str, str]:
-    """What a product reads and makes, without reshapes in front of it and behind where it may do without both; the one
-    behind is added to the ``path`` then."""
-    maker, following = makers.get(source), readers[path[-1]]
-    if not isinstance(maker, Reshape) or len(following) != 1 or not isinstance(following[0], Reshape):
-        return source, path[-1]
-    read, made = maker.inputs[0], following[0].output
-    if graph.shapes[read] != (*graph.shapes[made][:-1], graph.shapes[source][-1]):
-        return source, path[-1]
-    path.append(made)
-    return read, made
-
-
-def drop_unread_moves(graph: Graph) -> Graph:
-    """``graph`` without the transpositions and reshapes that nothing reads."""
-    read = {graph.output}
-    for node in reversed(graph.nodes):
-        if node.output in read or not isinstance(node, Transpose | Reshape):
-            read.update(node.inputs)
-    dead = {node.output for node in graph.nodes if isinstance(node, Transpose | Reshape) and node.output not in read}
-    grids = {name: grid for name, grid in graph.grids.items() if name not in dead}
-    return replace(graph, nodes=tuple(node for node in graph.nodes if node.output not in dead), grids=grids)
 
 
 def compute_gates_in_float(graph: Graph) -> Graph:

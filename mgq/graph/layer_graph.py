@@ -152,6 +152,15 @@ class Graph:
     shapes: dict[str, tuple[int, ...]]
 
 
+def readers_in(graph: Graph) -> dict[str, list[Node]]:
+    """Name of a tensor -> the nodes that read it."""
+    found: dict[str, list[Node]] = {name: [] for name in (graph.input, *(node.output for node in graph.nodes))}
+    for node in graph.nodes:
+        for name in node.inputs:
+            found[name].append(node)
+    return found
+
+
 def macs_of(graph: Graph) -> int:
     """How often the convolutions and linear layers of ``graph`` multiply and add for one picture."""
     return sum(macs_in(node, graph) for node in graph.nodes if isinstance(node, WeightedNode))

@@ -265,6 +265,24 @@ def attention(model: Model) -> str:
     return shaped(model.add("Transpose", back, perm=[0, 2, 1]), 0, 8, 8, 8)
 
 
+def unfolded(model: Model) -> str:
+    """A perceptron with a SiLU over tokens along two axes, the places in a patch and the patches, as in MobileViT."""
+
+    def shaped(source: str, *shape: int) -> str:
+        return model.add("Reshape", source, model.constant(shape, np.int64))
+
+    patches = model.add(
+        "Transpose", shaped(model.conv("image", 3, 8, 4, strides=[4, 4]), 0, 8, 4, 16), perm=[0, 2, 3, 1]
+    )
+    gain, shift = model.constant(np.linspace(0.5, 1.5, 8)), model.constant(np.linspace(-0.5, 0.5, 8))
+    normal = model.add("LayerNormalization", patches, gain, shift, axis=-1)
+    wide = model.add("Add", model.add("MatMul", normal, model.weights(8, 16)), model.constant(np.linspace(-1, 1, 16)))
+    gated = model.add("Mul", wide, model.add("Sigmoid", wide))
+    narrow = model.add("Add", model.add("MatMul", gated, model.weights(16, 8)), model.constant(np.linspace(-1, 1, 8)))
+    whole = model.add("Add", narrow, patches)
+    return shaped(model.add("Transpose", whole, perm=[0, 3, 1, 2]), 0, 8, 8, 8)
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
@@ -281,6 +299,7 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "normalizing": normalizing,
     "attention": attention,
     "five_axes": five_axes,
+    "unfolded": unfolded,
 }
 """Each ends in 8 channels."""
 

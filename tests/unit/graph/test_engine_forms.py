@@ -246,6 +246,25 @@ def test_linear_layers_over_tokens_are_products_of_matrices(tmp_path: Path, grap
     assert ((alone - whole) ** 2).sum() < (whole**2).sum() / 100
 
 
+@pytest.mark.parametrize("engine", ["any", "openvino"])
+def test_activations_between_linear_layers_over_tokens_are_of_rows_too(
+    tmp_path: Path, graph_of_body: Any, engine: str
+) -> None:
+    """MobileViT's tokens lie along two axes, and no transposition is between its layers."""
+    graph, (images, _) = graph_of_body("unfolded")
+    before = [type(node).__name__ for node in graph.nodes]
+    formed = adapt_to_engine(graph, engine)
+    after = [type(node).__name__ for node in formed.nodes]
+    assert (before.count("Convolution"), after.count("Convolution"), after.count("RowProduct")) == (3, 1, 2)
+    assert after.count("Transpose") == before.count("Transpose") - 2
+    (inner,) = (node for node in formed.nodes if isinstance(node, Operation) and node.kind == "silu")
+    assert formed.shapes[inner.output] == (1, 4, 16, 16)
+    saved(graph, tmp_path / "convolutions.onnx")
+    saved(adapt_to_engine(graph, "any"), tmp_path / "products.onnx")
+    whole, rows = (load(tmp_path / f"{name}.onnx", "onnxruntime").run(images) for name in ("convolutions", "products"))
+    np.testing.assert_allclose(rows, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_onnx_runtime_has_convolutions_over_tokens_in_a_form_of_its_own(tmp_path: Path, graph_of_body: Any) -> None:
     graph, (images, _) = graph_of_body("attention")
     assert has_own_form(graph, "onnxruntime")
