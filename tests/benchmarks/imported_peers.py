@@ -34,6 +34,7 @@ from tests.benchmarks.kept_files import (
     Fed,
     Speed,
     append_row,
+    on_one_core,
     speed_cells,
     speeds_of,
     write_list,
@@ -103,7 +104,8 @@ def files_of_mgq(
     ``path`` writes them; ``images`` calibrated."""
     from mgq.engine.classifier.deployment import deploy
 
-    found = deploy(normal, int8, folder / "mgq.onnx", images, source=path, fit=images)
+    with on_one_core():
+        found = deploy(normal, int8, folder / "mgq.onnx", images, source=path, fit=images)
     for row in found.rows:
         yield Contender("mgq", row.engine, found.path, takes_pixels=True)
         if row.path != found.path:

@@ -1,18 +1,20 @@
 """Files of a network by several quantizers, in turns: ``python -m tests.benchmarks.kept_files FOLDER...``.
 
 FOLDER is what ``imported_peers --keep`` leaves of a network. All its files have turns in their engines, in an order
-that is drawn anew for each turn, one picture at a time on one thread, and OpenVINO knows of all that it is one.
+that is drawn anew for each turn, one picture at a time on one core, and OpenVINO knows of all that it is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,9 +129,27 @@ def read_list(folder: Path) -> tuple[list[Contender], Fed]:
 
 def speeds_of(contenders: Sequence[Contender], fed: Fed, seconds: float) -> list[Speed]:
     """How soon each of ``contenders`` has answered, of turns that all have for so many seconds."""
-    taken = take_turns([own.load() for own in contenders], [fed.to(own) for own in contenders], seconds)
+    with on_one_core():
+        taken = take_turns([own.load() for own in contenders], [fed.to(own) for own in contenders], seconds)
     floats = {own.engine: turns for own, turns in zip(contenders, taken, strict=True) if own.quantizer == FLOAT}
     return [speed_of(turns, floats.get(own.engine)) for own, turns in zip(contenders, taken, strict=True)]
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Let all threads of this process run on one core for a while.
+
+    OpenVINO's one thread is not the caller's: with other work on all cores, each waits up to milliseconds for the other
+    to be woken on a core of its own.
+    """
+    from mgq.machine import place_threads
+
+    cores = os.sched_getaffinity(0)
+    place_threads({max(cores)})
+    try:
+        yield
+    finally:
+        place_threads(cores)
 
 
 def speed_of(turns: Sequence[float], floats: Sequence[float] | None) -> Speed:
