@@ -1,18 +1,22 @@
 """Files of a network by several quantizers, in turns: ``python -m tests.benchmarks.kept_files FOLDER...``.
 
 FOLDER is what ``imported_peers --keep`` leaves of a network. All its files have turns in their engines, in an order
-that is drawn anew for each turn, one picture at a time on one thread, and OpenVINO knows of all that it is one.
+that is drawn anew for each turn, one picture at a time on one core, and OpenVINO knows of all that it is one.
+
+Where other work runs, ``--processor`` counts what the processor does for a file, and not the time that passes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ import numpy.typing as npt
 
 Picture = npt.NDArray[Any]
 Run = Callable[[Picture], npt.NDArray[np.float32]]
+Clock = Callable[[], float]
 
 FLOAT = "float"
 """What the file itself, which all are compared with, is called among quantizers."""
@@ -125,11 +130,31 @@ def read_list(folder: Path) -> tuple[list[Contender], Fed]:
 # ---- turns ----
 
 
-def speeds_of(contenders: Sequence[Contender], fed: Fed, seconds: float) -> list[Speed]:
-    """How soon each of ``contenders`` has answered, of turns that all have for so many seconds."""
-    taken = take_turns([own.load() for own in contenders], [fed.to(own) for own in contenders], seconds)
+def speeds_of(
+    contenders: Sequence[Contender], fed: Fed, seconds: float, clock: Clock = time.perf_counter
+) -> list[Speed]:
+    """How soon each of ``contenders`` has answered, by ``clock``, of turns that all have for so many seconds."""
+    with on_one_core():
+        taken = take_turns([own.load() for own in contenders], [fed.to(own) for own in contenders], seconds, clock)
     floats = {own.engine: turns for own, turns in zip(contenders, taken, strict=True) if own.quantizer == FLOAT}
     return [speed_of(turns, floats.get(own.engine)) for own, turns in zip(contenders, taken, strict=True)]
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Let all threads of this process run on one core for a while.
+
+    OpenVINO's one thread is not the caller's: with other work on all cores, each waits up to milliseconds for the other
+    to be woken on a core of its own.
+    """
+    from mgq.machine import place_threads
+
+    cores = os.sched_getaffinity(0)
+    place_threads({max(cores)})
+    try:
+        yield
+    finally:
+        place_threads(cores)
 
 
 def speed_of(turns: Sequence[float], floats: Sequence[float] | None) -> Speed:
@@ -140,7 +165,9 @@ def speed_of(turns: Sequence[float], floats: Sequence[float] | None) -> Speed:
     )
 
 
-def take_turns(runs: Sequence[Run], pictures: Sequence[Picture], seconds: float) -> list[list[float]]:
+def take_turns(
+    runs: Sequence[Run], pictures: Sequence[Picture], seconds: float, clock: Clock = time.perf_counter
+) -> list[list[float]]:
     """The milliseconds of each turn of each of ``runs``."""
     for run, picture in zip(runs, pictures, strict=True):
         for _ in range(WARM_UP):
@@ -151,9 +178,9 @@ def take_turns(runs: Sequence[Run], pictures: Sequence[Picture], seconds: float)
     while time.perf_counter() < end:
         drawn.shuffle(order)
         for place in order:
-            start = time.perf_counter()
+            start = clock()
             runs[place](pictures[place])
-            taken[place].append((time.perf_counter() - start) * 1e3)
+            taken[place].append((clock() - start) * 1e3)
     return taken
 
 
@@ -165,14 +192,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--seconds", type=float, default=10, help="for the turns of all files of a network")
+    parser.add_argument("--processor", action="store_true", help="count the processor's time: beside other work")
     parser.add_argument("--rows", type=Path, help="a line of JSON for each file is appended to this one")
     options = parser.parse_args()
     from mgq.bench.tables import markdown_table
 
-    rows = []
+    rows, clock = [], time.process_time if options.processor else time.perf_counter
     for folder in options.folders:
         contenders, fed = read_list(folder)
-        for own, speed in zip(contenders, speeds_of(contenders, fed, options.seconds), strict=True):
+        for own, speed in zip(contenders, speeds_of(contenders, fed, options.seconds, clock), strict=True):
             who = {"network": folder.name, "quantizer": own.quantizer, "engine": own.engine}
             rows.append((*who.values(), *speed_cells(speed)))
             sys.stderr.write("  ".join(rows[-1]) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,8 @@ def test_all_have_as_many_turns_with_their_own_pictures() -> None:
 
     seen: list[list[float]] = [[], []]
     pictures = [np.full(1, place, np.float32) for place in range(2)]
-    taken = take_turns([keep(own) for own in seen], pictures, 0.01)
+    ticks = itertools.count()
+    taken = take_turns([keep(own) for own in seen], pictures, 0.01, clock=lambda: float(next(ticks)))
+    assert {turn for own in taken for turn in own} == {1e3}
     assert len(taken[0]) == len(taken[1]) > 0
     assert [set(own) for own in seen] == [{0.0}, {1.0}]
