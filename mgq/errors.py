@@ -50,6 +50,11 @@ def printable(thing: object) -> str:
     )
 
 
+def shorten(text: str, most: int) -> str:
+    """``text``, or as much of it as ``most`` characters hold, with a sign that there is more."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def plural(number: int, noun: str, form: str = "") -> str:
     """``number``, written as ``form`` says, and ``noun`` as it goes with that: ``1 class``, ``2 classes``."""
     if number != 1:

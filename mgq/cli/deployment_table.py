@@ -53,7 +53,7 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
         note(f"not done: {deployment.path} is slower than float in every engine here, and only smaller")
         return
     for path, engines in deployment.files.items():
-        its = f", the fastest in {' and '.join(engines)}" if len(deployment.files) > 1 and engines else ""
+        its = f", the fastest int8 in {' and '.join(engines)}" if len(deployment.files) > 1 and engines else ""
         say(f"int8 file: {path}{its}")
 
 

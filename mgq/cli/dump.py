@@ -167,10 +167,19 @@ class DumpCommand(NetworkCommand):
         say_file(classifier, dumped, wanted, out)
         if dumped.format == "onnx" and compared:
             show_parity(classifier, dumped, images, self.check == "layers", out)
+            self.note_rounding()
         if self.mode == "quantized" and dumped.format != "native":
             show_float_size(classifier, dumped, wanted, out)
         if timed is not None:
             show_speed(timed, wanted)
+
+    def note_rounding(self) -> None:
+        """Say why a file for one engine differs from MegEngine."""
+        from mgq.cli.console import note
+        from mgq.quantization.option_names import ANY_ENGINE
+
+        if self.engine != ANY_ENGINE:
+            note("a file for one engine rounds less than MegEngine's int8 does, so it need not give the same logits")
 
     def refuse_contradictions(self) -> None:
         """Raise InputError for options that contradict each other, as far as the format can be told from them."""

@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("--from-scratch", "--new-head", "--classes", "--image-size", "--width", "--activation"),
     ),
     "Pictures": ("--data", "--image", "--images", "--limit", "--workers", "--jobs", "--max-bad"),
-    "Import": ("--preprocess", "--mean", "--std", "--rgb", "--size", "--labels"),
+    "Import": ("--preprocess", "--mean", "--std", "--rgb", "--size", "--labels", "--scores"),
     OWN: ("--help",),
     DEVICES: ("--ngpus", "--nnodes", "--node-rank", "--master"),
     OUTPUT: (

@@ -12,7 +12,7 @@ import megengine.module as M
 import numpy as np
 import numpy.typing as npt
 
-from mgq.errors import InputError, name_in_errors, plural, printable
+from mgq.errors import InputError, name_in_errors, plural, printable, shorten
 from mgq.events import OnProgress, log_progress
 from mgq.io.download import download, find_cached
 from mgq.weights.checkpoint import CheckpointInfo, info_of
@@ -163,7 +163,7 @@ def own_checkpoint(name: str, state: State, info: CheckpointInfo, spec: ModelSpe
         spec = spec_for(info.arch, info.options)
     state, said = without_wrapper(spec, state, len(info.classes), info.options)
     network = build_network(spec, state, len(info.classes), info.options, name, new_head)
-    origin = ", ".join([f"{name} ({printable(info.origin)[:200]})", *said])
+    origin = ", ".join([f"{name} ({shorten(printable(info.origin), 200)})", *said])
     mode = mode_in(state)
     how = info.preprocessing
     return Weights(info.arch, state, mode, info.options, len(info.classes), origin, network, info, how)

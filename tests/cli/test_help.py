@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import click
 import pytest
 
+from mgq.cli.import_options import ImportOptions
 from mgq.cli.main import verbs
 from mgq.engine.training.recipe import SCHEDULES
 from mgq.quantization.option_names import QUALITIES
@@ -52,6 +54,13 @@ def test_many_options_stand_in_groups_each_once(mgq: Mgq) -> None:
                 assert len(re.findall(rf"^  (-\w, )?{parameter.opts[-1]}\b(?!-)", said, re.MULTILINE)) == 1
     group = re.search(r"^Network:\n(.*?)\n\n", mgq("calibrate", "--help").out, re.DOTALL | re.MULTILINE)
     assert group is not None and "--arch" in group[1] and "--ranges" not in group[1]
+
+
+def test_all_that_is_said_of_an_import_stands_together(mgq: Mgq) -> None:
+    flags = {"rgb": "--rgb / --bgr"}
+    wanted = {flags.get(field.name, f"--{field.name}") for field in fields(ImportOptions)}
+    group = re.search(r"^Import:\n(.*?)\n\n", mgq("calibrate", "--help").out, re.DOTALL | re.MULTILINE)
+    assert group is not None and all(flag in group[1] for flag in wanted), wanted
 
 
 def test_all_verbs_are_listed_with_a_whole_sentence(mgq: Mgq) -> None:

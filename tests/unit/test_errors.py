@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mgq.errors import format_size, plural
+from mgq.errors import format_size, plural, shorten
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,10 @@ from mgq.errors import format_size, plural
 )
 def test_a_noun_goes_with_its_number(number: int, noun: str, said: str) -> None:
     assert plural(number, noun) == said
+
+
+def test_a_long_text_ends_in_a_sign_that_there_is_more() -> None:
+    assert (shorten("abcd", 4), shorten("abcde", 4)) == ("abcd", "abc…")
 
 
 def test_a_large_number_may_be_grouped() -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -181,3 +182,15 @@ def test_dump_from_python(tmp_path: Path) -> None:
     image = to_batch([make_random_classifier("efficientnet_lite0", Mode.NORMAL).crop(read_image(bundled_cat()))])
     best = runtime.about["classes"][int(runtime.run(image).argmax())]
     assert best in {"tabby cat", "tiger cat", "Egyptian cat"}
+
+
+def test_a_dump_that_is_interrupted_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mgq.engine.classifier.dump.dump_megengine", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dump_classifier(
+            make_random_classifier("shufflenet_v1_x0_5_g3", Mode.NORMAL), tmp_path / "new" / "folder" / "x.megengine"
+        )
+    assert list(tmp_path.iterdir()) == []
