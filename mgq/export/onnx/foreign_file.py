@@ -245,9 +245,15 @@ def array_of(tensor: Any, folder: Path) -> Array:
     except Exception:
         raise InputError(f"has a constant {name} of another size than it says: write it again") from None
     fault = fault_of(value, False)
-    if fault and not (value.size == 1 and np.isinf(value).all()):
+    if fault and not is_mask(value):
         raise InputError(f"has {fault} in {name}: export it again")
     return value
+
+
+def is_mask(value: Array) -> bool:
+    """Whether infinities among the numbers of ``value`` may leave places out of a softmax or a maximum, or say that
+    there is no limit."""
+    return not np.isnan(value).any() and (value.size == 1 or bool((value < np.inf).all()))
 
 
 def with_data_beside(tensor: Any, folder: Path) -> Any:

@@ -34,10 +34,10 @@ ALONG_AXES = {"ReduceMean": 1, "Slice": 3, "Squeeze": 1, "Unsqueeze": 1, **dict.
 """Operator -> the input that may name its axes."""
 OF_ANY_AXES = frozenset(
     {
-        *("Abs", "Add", "Atan", "Cast", "Ceil", "Celu", "Clip", "Cos", "Div", "Dropout", "Elu", "Erf", "Exp", "Floor"),
-        *("Gelu", "Gemm", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "MatMul", "Mish", "Mul", "Neg"),
-        *("Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt"),
-        *("Sub", "Tanh"),
+        *("Abs", "Add", "Atan", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Div", "Dropout", "Elu", "Erf"),
+        *("Exp", "Floor", "Gelu", "Gemm", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "MatMul"),
+        *("Mish", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus"),
+        *("Softsign", "Sqrt", "Sub", "Tanh"),
         *COMPARING,
     }
 )
@@ -79,6 +79,9 @@ def lift(node: Any, scope: Scope) -> Any:
         changed["axes"] = [behind_one_more(int(axis)) for axis in axes]
     elif kind == "Einsum":
         changed["equation"] = with_one_more(str(given["equation"]), node, scope)
+    elif kind == "GatherND":
+        changed["batch_dims"] = given.get("batch_dims", 0) + 1
+        scope.constants[LIFTED + node.input[1]] = scope.constant(node.input[1])[None]
     elif kind == "BatchNormalization":
         changed[LAST_CHANNELS] = 1
     elif kind == "Pad":
@@ -96,6 +99,8 @@ def lift(node: Any, scope: Scope) -> Any:
         if name in scope.layers:
             scope.layers[LIFTED + name] = lift_layer(name, most if kind in OF_ANY_AXES else 0, scope)
     new.input[:] = [LIFTED + name if name in scope.layers else name for name in node.input]
+    if kind == "GatherND":
+        new.input[1] = LIFTED + node.input[1]
     set_attributes(new, changed)
     return new
 

@@ -15,9 +15,9 @@ from mgq.graph.onnx_import.operators import (
     Operator,
     UnknownFormError,
     add_affine,
+    limit,
     read_first,
 )
-from mgq.zoo.blueprint import LARGEST
 
 Array = npt.NDArray[Any]
 
@@ -156,7 +156,7 @@ def read_where(op: Operator) -> None:
         return
     mask, others = op.layer(0), op.inputs[1:]
     if all(map(op.scope.is_constant, others)):
-        high, low = (constant_for(op, mask, op.scope.constant(name)).astype(np.float64) for name in others)
+        high, low = (limit(constant_for(op, mask, op.scope.constant(name))) for name in others)
         op.give(add_affine(op, mask, high - low, low))
         return
     beside = next(op.scope.layer(name) for name in others if not op.scope.is_constant(name))
@@ -169,10 +169,6 @@ def layer_beside(op: Operator, layer: str, name: str) -> str:
     """A layer that gives the constant ``name`` whatever ``layer`` gives."""
     value = limit(constant_for(op, layer, op.scope.constant(name)))
     return add_affine(op, layer, 0.0, value)
-
-
-def limit(value: Array) -> Array:
-    return np.clip(value.astype(np.float64), -LARGEST, LARGEST)
 
 
 def choose_by_constant(op: Operator, mask: Array) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mgq.graph.onnx_import.comparisons import COMPARING, constant_for, refuse_other_ranks
 from mgq.graph.onnx_import.einsum import read_einsum
-from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, add_affine
+from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, add_affine, look_up, read_truth
 from mgq.graph.onnx_import.padding import read_pad
 from mgq.graph.onnx_import.reductions import REDUCING
 from mgq.graph.onnx_import.resizing import read_resize
@@ -122,6 +122,34 @@ def read_expand(op: Operator) -> None:
         op.make("expand", [op.layer()], shape=list(target[1:]))
 
 
+def read_gather_nd(op: Operator) -> None:
+    """By constant places along all of several axes in front, which are one for so long."""
+    places, axes = op.constant(1), int(op.read_attribute("batch_dims", 0))
+    assert places is not None
+    if axes == 0:
+        raise BatchMixedError
+    if axes > 1 or len(places) != 1:
+        raise UnknownFormError("looks up other places for each row")
+    places, shape = places[0], op.shape()[1:]
+    table, rest = shape[: places.shape[-1]], shape[places.shape[-1] :]
+    found = np.ravel_multi_index(tuple(np.moveaxis(places % table, -1, 0)), table)
+    flat = op.add("reshape", op.layer(), shape=[math.prod(table), *rest])
+    look_up(op, flat, 1, found.ravel().tolist(), [*found.shape, *rest])
+
+
+def read_cast_like(op: Operator) -> None:
+    """To what layers hold, floats; or to what a constant does."""
+    kind = op.scope.constant(op.inputs[1]).dtype if op.scope.is_constant(op.inputs[1]) else np.dtype(np.float32)
+    if op.scope.is_constant(op.inputs[0]):
+        op.scope.constants[op.node.output[0]] = op.scope.constant(op.inputs[0]).astype(kind)
+    elif kind.kind == "b":
+        read_truth(op)
+    elif kind.kind != "f":
+        raise UnknownFormError("turns layers into integers")
+    else:
+        op.pass_through(op.layer())
+
+
 def read_tile(op: Operator) -> None:
     """Repeated as a whole along axes: each of these has one more in front, that of the repetitions."""
     repeats, shape = [int(count) for count in op.numbers("repeats", 1)], op.shape()
@@ -180,12 +208,14 @@ def read_pow(op: Operator) -> None:
 COMPOSED: dict[str, Callable[[Operator], None]] = {
     **COMPARING,
     **REDUCING,
+    "CastLike": read_cast_like,
     "Celu": read_celu,
     "Col2Im": read_col2im,
     "ConvTranspose": read_transposed_convolution,
     "DepthToSpace": read_depth_to_space,
     "Einsum": read_einsum,
     "Expand": read_expand,
+    "GatherND": read_gather_nd,
     "Gelu": read_gelu,
     "GroupNormalization": read_group_norm,
     "InstanceNormalization": read_group_norm,

@@ -28,7 +28,9 @@ FLOATS = {1, 11}
 BOOL = 9
 WIDE_INTEGERS = {2, 4, 5, 6, 7, 12, 13}
 """ONNX's numbers of types that hold what a pixel may be, but for int8 and half floats."""
-MOST_PLACES = 4096
+MASKED = 1e30
+"""What masks take away is as good as infinite from here on."""
+MOST_PLACES = 1 << 16
 """In what is looked up."""
 MOST_WEIGHTS = 1 << 24
 """That are repeated for the windows of a picture."""
@@ -416,6 +418,8 @@ def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first:
     if value.ndim >= len(shape):
         raise UnknownFormError("has a constant for each picture")
     one, zero = np.ones(()), np.zeros(())
+    if kind in ("add", "sub"):
+        value = limit(value)
     if kind == "div" and value_first:
         layer, kind, value_first = op.add("reciprocal", layer), "mul", False
     scale, shift = {
@@ -425,6 +429,11 @@ def add_constant(op: Operator, kind: str, layer: str, value: Array, value_first:
         "div": ((1 / value if kind == "div" else one), zero),
     }[kind]
     op.make("affine", [layer], {"scale": scale, "shift": shift})
+
+
+def limit(value: Array) -> Array:
+    """``value`` without infinities, which masks add to leave places out, and far enough from them to be added up."""
+    return np.clip(value.astype(np.float64), -MASKED, MASKED)
 
 
 def read_clip(op: Operator) -> None:
@@ -544,19 +553,20 @@ def read_gather(op: Operator) -> None:
     axis = op.axis(int(op.read_attribute("axis", 0)), len(shape))
     if axis == 0:
         raise BatchMixedError
-    places = [int(i) % shape[axis] for i in indices.reshape(-1)]
+    wanted = [*shape[1:axis], *indices.shape, *shape[axis + 1 :]]
+    look_up(op, op.layer(), axis, [int(i) % shape[axis] for i in indices.reshape(-1)], wanted)
+
+
+def look_up(op: Operator, source: str, axis: int, places: list[int], wanted: Sequence[int]) -> None:
+    """The output is what lies at ``places`` along ``axis`` of ``source``, in the shape ``wanted``."""
     if len(places) > MOST_PLACES:
         raise UnknownFormError("looks up more numbers than channels or positions")
-    one = op.layer()
-    if places != list(range(shape[axis])):
-        one = op.add("slice", one, axis=axis, indices=places)
-    wanted = [*shape[1:axis], *indices.shape, *shape[axis + 1 :]]
-    if op.scope.draft.shape(one)[1:] != tuple(wanted):
-        one = op.add("reshape", one, shape=wanted)
-    if one == op.layer():
-        op.pass_through(one)
-    else:
-        op.give(one)
+    shape = op.scope.draft.shape
+    if places != list(range(shape(source)[axis])):
+        source = op.add("slice", source, axis=axis, indices=places)
+    if shape(source)[1:] != tuple(wanted):
+        source = op.add("reshape", source, shape=list(wanted))
+    op.settle(source)
 
 
 def read_pool(kind: str) -> Callable[[Operator], None]:

@@ -93,8 +93,10 @@ def read(node: Any, place: int, scope: Scope) -> None:
         elif node.op_type not in READERS and node.op_type not in COMPOSED:
             raise InputError(f"has a {what}, which is not imported")
         else:
+            before = len(scope.draft.plans)
             read_operator(node, scope)
             refuse_huge(scope, node)
+            refuse_infinite(scope.draft, before)
     except InputError:
         raise
     except UnknownFormError as error:
@@ -207,6 +209,13 @@ def refuse_huge(scope: Scope, node: Any) -> None:
         layer = scope.layers.get(name)
         if layer is not None and math.prod(scope.draft.shape(layer)) > MOST_NUMBERS:
             raise UnknownFormError("makes more numbers than a classifier needs")
+
+
+def refuse_infinite(draft: NetworkDraft, before: int) -> None:
+    """Raise UnknownFormError where a layer behind those ``before`` has constants that are not finite."""
+    for plan in draft.plans[before:]:
+        if not all(np.isfinite(value).all() for value in draft.tensors[plan.name].values()):
+            raise UnknownFormError("computes with an infinite value: export it again")
 
 
 def end_in_classes(draft: NetworkDraft) -> None:

@@ -767,6 +767,12 @@ def not_numbers(model: Model) -> Any:
     return model.proto(model.classify(model.add("Conv", "image", weight), 8))
 
 
+def infinite_weights(model: Model) -> Any:
+    weight = np.zeros((8, 3, 3, 3))
+    weight[0] = -np.inf
+    return model.proto(model.classify(model.add("Conv", "image", model.constant(weight)), 8))
+
+
 def overflowing(model: Model) -> Any:
     """Finite weights, with which answers are not."""
     first = model.conv("image", 3, 8)
@@ -834,6 +840,7 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], str]] = {
     "impossible place": (impossible_place, "says nonsense of where"),
     "none at once": (none_at_once, "takes 0 pictures at once"),
     "negative variance": (negative_variance, "has a negative variance (-0.5)"),
+    "infinite": (infinite_weights, "has a Conv 'n0' (opset 18) that computes with an infinite value: export it again"),
     "nan": (not_numbers, "NaN"),
     "overflow": (overflowing, "answers with numbers that are not finite"),
 }

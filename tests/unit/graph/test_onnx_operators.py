@@ -14,6 +14,8 @@ from onnx import numpy_helper
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.errors import InputError
+from mgq.weights.finite_values import unsound
+from mgq.zoo.network_state import state_of
 from tests.fakes.foreign_int8 import check_import, color_noise
 from tests.fakes.foreign_models import Model
 
@@ -263,6 +265,32 @@ def tokens_beside_one(model: Model) -> str:
     return model.add("Reshape", joined, model.constant([0, 8, 4, 5], np.int64))
 
 
+def picked_places(model: Model) -> str:
+    """Places along two axes in front of pictures and channels, some counted from behind."""
+    tokens = model.add("Transpose", first(model), perm=[2, 3, 0, 1])
+    places = model.constant([[[0, 1], [3, -2]], [[15, 15], [3, 14]], [[-1, 0], [7, 7]]], np.int64)
+    return model.add("Transpose", model.add("GatherND", tokens, places), perm=[2, 3, 0, 1])
+
+
+def pairs_of_channels(model: Model) -> str:
+    """Half of the products of 128 channels with each other, as pooling of the second order has them."""
+    rows = model.add("Reshape", model.conv(first(model), 8, 128, 4, strides=[4, 4]), integers(model, 0, 128, 16))
+    square = model.add("MatMul", rows, model.add("Transpose", rows, perm=[0, 2, 1]))
+    flat = model.add("Reshape", square, integers(model, 0, 16384))
+    places = np.flatnonzero(np.triu(np.ones((128, 128)))).tolist()
+    half = model.add("Gather", flat, integers(model, *places), axis=1)
+    return model.add("Reshape", half, integers(model, 0, 8, 8, 129))
+
+
+def cast_as_others(model: Model) -> str:
+    """Constants and layers in the kinds of others, as PyTorch's exporter has them in functions."""
+    source = first(model)
+    shift = model.add("CastLike", integers(model, 1), source)
+    likewise = model.add("CastLike", model.add("Add", source, shift), model.constant(2.0))
+    truth = model.add("CastLike", model.add("Relu", likewise), model.constant(True, np.bool_))
+    return model.add("CastLike", model.add("Where", truth, likewise, source), source)
+
+
 BODIES: tuple[Body, ...] = (
     *(logarithms, thresholds, extremes, averages, masks, masked_attention, triangles, lengths, sums, powers, rows),
     *(
@@ -278,6 +306,7 @@ BODIES: tuple[Body, ...] = (
         even_shares,
     ),
     *(volumes, norm_of_tokens, transposed_convolutions, put_together, tokens_beside_one),
+    *(picked_places, pairs_of_channels, cast_as_others),
 )
 
 
@@ -295,6 +324,25 @@ def test_tables_that_are_expanded_to_what_they_are_already_are_no_larger_by_that
     shift = model.add("ReduceMean", table, axes=[0, 1, 2], keepdims=0)
     path = model.save(tmp_path / "model.onnx", model.classify(model.add("Add", first(model), shift), 8))
     assert "float answers as ONNX Runtime's" in import_classifier(path, RAW, "")[1][0]
+
+
+@pytest.mark.parametrize("is_spelled_out", [False, True])
+def test_what_a_mask_leaves_out_is_taken_away_by_finite_numbers(tmp_path: Path, is_spelled_out: bool) -> None:
+    """So that the checkpoint of the import may be read again."""
+    model = Model()
+    grid = model.add("Reshape", first(model), integers(model, 0, 8, 256))
+    tokens = model.add("Transpose", grid, perm=[0, 2, 1])
+    seen = np.tri(256, dtype=bool)
+    mask = model.constant(np.where(seen, 0, -np.inf))
+    if is_spelled_out:
+        mask = model.add("Where", model.constant(seen, np.bool_), model.constant(0.0), model.constant(-np.inf))
+    alike = model.add("Add", model.add("MatMul", tokens, grid), mask)
+    found = model.add("MatMul", model.add("Softmax", alike, axis=-1), tokens)
+    whole = model.add("Reshape", model.add("Transpose", found, perm=[0, 2, 1]), integers(model, 0, 8, 16, 16))
+    path = model.save(tmp_path / "model.onnx", model.classify(model.add("Relu", model.conv(whole, 8, 8, 1)), 8))
+    network = import_classifier(path, RAW, "")[0].network
+    assert unsound(state_of(network)) is None
+    check_import(path, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["linear", "cubic"])
