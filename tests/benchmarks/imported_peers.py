@@ -8,19 +8,19 @@ file's own in float; then all files have turns in each engine, on one thread::
         --calibration flowers/train --unseen flowers/val --other imagenet-sample/val
 
 ``torch_exports.py`` beside this file makes such networks. NNCF's file is OpenVINO's own: ONNX Runtime
-has no row of it.
+has no row of it. One folder serves as ``--calibration`` and ``--unseen``: what calibrates is not compared. ``--keep
+FOLDER`` keeps all files of a network in FOLDER/NETWORK, which ``kept_files.py`` gives turns again, in a quiet moment.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,140 +28,165 @@ import numpy.typing as npt
 from tests.benchmarks import peers
 from tests.benchmarks.cost import measured
 from tests.benchmarks.fidelity import Images, Likeness, last_line, likeness_of, percent, seen_by
+from tests.benchmarks.kept_files import (
+    FLOAT,
+    Contender,
+    Fed,
+    Speed,
+    append_row,
+    speed_cells,
+    speeds_of,
+    write_list,
+)
 
 if TYPE_CHECKING:
+    from mgq.data.image_sources import Source
     from mgq.engine.classifier.open import Classifier
     from mgq.export.onnx.float_input import FloatInput
 
-Run = Callable[[Any], npt.NDArray[np.float32]]
 PEERS = ("nncf", "nncf-mixed", "ort-min-max", "ort-percentile")
 SETS = ("unseen", "other")
 COLUMNS = (
     *("network", "quantizer", "engine", "top-1 %, unseen", "same %, unseen", "dB, unseen", "middle dB, unseen"),
     *("same %, other", "dB, other", "middle dB, other", "ms", "float / int8"),
 )
-WARM_UP = 5
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A file in an engine: ``run`` takes what ``feed`` makes of pixels (1, 3, H, W)."""
-
+class Row:
+    network: str
     quantizer: str
     engine: str
-    run: Run
-    feed: Callable[[npt.NDArray[np.uint8]], Any]
+    likeness: dict[str, Likeness]
+    speed: Speed
 
-    def answers(self, images: Images) -> npt.NDArray[np.float32]:
-        return np.concatenate([self.run(self.feed(image[None])).copy() for image in images.pixels])
-
-
-def in_openvino(path: Path) -> Run:
-    from mgq.export.onnx.onnx_file import import_package
-    from mgq.runtime.openvino import settings_for
-
-    core = import_package("openvino").Core()
-    request = core.compile_model(core.read_model(str(path)), "CPU", settings_for(1)).create_infer_request()
-    return lambda fed: request.infer({0: fed}, share_inputs=True, share_outputs=False)[0]
+    def cells(self) -> tuple[str, ...]:
+        """The texts under ``COLUMNS``."""
+        unseen, other = (self.likeness.get(name) for name in SETS)
+        top1 = "-" if unseen is None else percent(unseen.top1)
+        near = (text for found in (unseen, other) for text in nearness_cells(found))
+        return (self.network, self.quantizer, self.engine, top1, *near, *speed_cells(self.speed))
 
 
-def in_onnxruntime(path: Path) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda fed: session.run(None, {name: fed})[0]
+def nearness_cells(found: Likeness | None) -> tuple[str, ...]:
+    return ("-",) * 3 if found is None else (percent(found.same), f"{found.decibels:.1f}", f"{found.middle:.1f}")
 
 
-ENGINES = {"OpenVINO": in_openvino, "ONNX Runtime": in_onnxruntime}
+# ---- files ----
 
 
-def contenders_of_peers(
-    path: Path, fed: npt.NDArray[np.float32], kept: FloatInput, names: Sequence[str], folder: Path
-) -> Any:
+def files_of_peers(path: Path, fed: npt.NDArray[np.float32], names: Sequence[str], folder: Path) -> Iterator[Contender]:
     """The float file ``path`` itself and what each of the peers ``names`` makes of it in ``folder``, in each engine."""
-    yield from (Contender("float", engine, load(path), kept.to_input) for engine, load in ENGINES.items())
-    np.save(folder / "fed.npy", fed)
+    both = ("OpenVINO", "ONNX Runtime")
+    yield from (Contender(FLOAT, engine, path) for engine in both)
+    given = folder / "fed.npy"
+    np.save(given, fed)
     for name in names:
-        made = folder / f"{path.stem}.{name}{peers.PEERS[name].suffix}"
-        command = [sys.executable, peers.__file__, name, str(path.absolute()), str(folder / "fed.npy"), str(made)]
+        made = folder / f"{name}{peers.PEERS[name].suffix}"
+        command = [sys.executable, peers.__file__, name, str(path.absolute()), str(given), str(made)]
         cost, said = measured(command, folder)
         if cost.code:
-            print(f"{name}: {last_line(said)}", file=sys.stderr, flush=True)
+            complain(name, last_line(said))
             continue
-        engines = {"OpenVINO": in_openvino} if made.suffix == ".xml" else ENGINES
-        yield from (Contender(name, engine, load(made), kept.to_input) for engine, load in engines.items())
+        yield from (Contender(name, engine, made) for engine in (both[:1] if made.suffix == ".xml" else both))
+    given.unlink()
 
 
-def contenders_of_mgq(
-    normal: Classifier, int8: Classifier, images: npt.NDArray[np.uint8], folder: Path
+def files_of_mgq(
+    path: Path, normal: Classifier, int8: Classifier, images: npt.NDArray[np.uint8], folder: Path
 ) -> Iterator[Contender]:
-    """mgq's file for any engine, and that for an engine alone, in each engine that runs it; ``images`` calibrated."""
-    from mgq.engine.classifier.deployment import write_candidates
-    from mgq.engine.classifier.parity import list_backends
+    """mgq's file for any engine, and that for an engine alone, in each engine that runs it, as ``mgq calibrate -c`` of
+    ``path`` writes them; ``images`` calibrated."""
+    from mgq.engine.classifier.deployment import deploy
 
-    _, plain, *forms = write_candidates(normal, int8, folder, images, fit=images)
-    for engine in list_backends(plain):
-        own = [path for path in forms if path.stem.endswith(f".{engine.key}")]
-        for path in (plain, *own):
-            name = "mgq, own form" if path in own else "mgq"
-            yield Contender(name, engine.name, engine.load(path, 1).run, lambda image: image)
-
-
-def milliseconds(contenders: Sequence[Contender], image: npt.NDArray[np.uint8], seconds: float) -> list[list[float]]:
-    """What a picture takes in each of ``contenders``, which have their turns for so many seconds."""
-    fed = [contender.feed(image) for contender in contenders]
-    for contender, own in zip(contenders, fed, strict=True):
-        for _ in range(WARM_UP):
-            contender.run(own)
-    taken: list[list[float]] = [[] for _ in contenders]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for contender, own, turns in zip(contenders, fed, taken, strict=True):
-            start = time.perf_counter()
-            contender.run(own)
-            turns.append((time.perf_counter() - start) * 1e3)
-    return taken
+    found = deploy(normal, int8, folder / "mgq.onnx", images, source=path, fit=images)
+    for row in found.rows:
+        yield Contender("mgq", row.engine, found.path, takes_pixels=True)
+        if row.path != found.path:
+            part = f", {row.float_share:.0%} of the layers in float" if row.float_share else ""
+            yield Contender(f"mgq, own form{part}", row.engine, row.path, takes_pixels=True)
 
 
-def rows_of(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    from mgq.data.image_sources import expand
-    from mgq.engine.calibration.calibration_run import calibrate, spread_evenly
-    from mgq.engine.classifier.import_wish import ImportWish
-    from mgq.engine.classifier.onnx_import import find_float_input, import_classifier
+def complain(who: str, what: str) -> None:
+    print(f"{who}: {what}", file=sys.stderr, flush=True)
+
+
+# ---- rows ----
+
+
+def rows_of(path: Path, options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """A row for each file that is made in ``folder`` of the classifier ``path``, in each engine that runs it."""
+    from mgq.engine.calibration.calibration_run import calibrate
+    from mgq.engine.classifier.onnx_import import find_float_input
     from mgq.engine.classifier.open import convert
-    from mgq.io.temporary_folders import temporary_folder
     from mgq.ptq.presets import CalibrationConfig
     from mgq.quantization.modes import Mode
     from mgq.quantization.targets import ONNX
 
-    with temporary_folder() as folder:
-        wish = ImportWish(labels=write_names(options.unseen, folder / "names.txt"))
-        classifier, _ = import_classifier(path, wish, "")
+    classifier = import_file(path, options.unseen)
     kept = find_float_input(classifier)
-    fitted = spread_evenly(expand([str(options.calibration)]), options.images)
-    sets = {
-        name: seen_by(classifier, spread_evenly(expand([str(getattr(options, name))]), options.limit)) for name in SETS
-    }
-    found = calibrate(classifier, fitted, options.images, "", CalibrationConfig(options.quality, target=ONNX))
+    fitted, *others = sources_of(options)
+    sets = {name: seen_by(classifier, sources) for name, sources in zip(SETS, others, strict=True) if sources}
     pixels = seen_by(classifier, fitted).pixels
-    with temporary_folder() as folder:
-        int8 = convert(found.classifier, Mode.QUANTIZED)
-        contenders = [*contenders_of_peers(path, kept.to_input(pixels), kept, options.peers, folder)]
-        contenders += contenders_of_mgq(classifier, int8, pixels, folder)
-        exact = {name: contenders[0].answers(images) for name, images in sets.items()}
-        likeness = [
-            {name: likeness_of(own.answers(images), exact[name], images.labels) for name, images in sets.items()}
-            for own in contenders
-        ]
-        taken = milliseconds(contenders, sets["unseen"].pixels[:1], options.seconds)
-    floats = {own.engine: turns for own, turns in zip(contenders, taken, strict=True) if own.quantizer == "float"}
-    for own, found_likeness, turns in zip(contenders, likeness, taken, strict=True):
-        yield cells(path.stem, own, found_likeness, turns, floats.get(own.engine))
+    contenders = [*files_of_peers(path, kept.to_input(pixels), options.peers, folder)]
+    calibrated = calibrate(classifier, fitted, options.images, "", CalibrationConfig(options.quality, target=ONNX))
+    int8 = convert(calibrated.classifier, Mode.QUANTIZED)
+    contenders += files_of_mgq(path, classifier, int8, pixels, folder)
+    exact = {name: answers_of(contenders[0], images, kept) for name, images in sets.items()}
+    near = {own: found for own in contenders if (found := likeness_to(exact, own, sets, kept)) is not None}
+    fed = Fed(pixels[:1], kept.to_input(pixels[:1]))
+    write_list(folder, list(near), fed)
+    speeds = speeds_of(list(near), fed, options.seconds)
+    for (own, likeness), speed in zip(near.items(), speeds, strict=True):
+        yield Row(path.stem, own.quantizer, own.engine, likeness, speed)
+
+
+def import_file(path: Path, classes: Path) -> Classifier:
+    """The classifier ``path``, with the names of the folders in ``classes`` where it has as many classes."""
+    from mgq.engine.classifier.import_wish import NO_WISH, ImportWish
+    from mgq.engine.classifier.onnx_import import import_classifier
+    from mgq.errors import InputError
+    from mgq.io.temporary_folders import temporary_folder
+
+    with temporary_folder() as folder, contextlib.suppress(InputError):
+        return import_classifier(path, ImportWish(labels=write_names(classes, folder / "names.txt")), "")[0]
+    return import_classifier(path, NO_WISH, "")[0]
+
+
+def sources_of(options: argparse.Namespace) -> tuple[list[Source], ...]:
+    """The photos that calibrate, and those of each of ``SETS``."""
+    from mgq.data.image_sources import expand
+    from mgq.engine.calibration.calibration_run import spread_evenly
+
+    fitted = spread_evenly(expand([str(options.calibration)]), options.images)
+    others = (unused(getattr(options, name), fitted) for name in SETS)
+    return fitted, *(spread_evenly(sources, options.limit) for sources in others)
+
+
+def unused(folder: Path | None, fitted: Sequence[Source]) -> list[Source]:
+    """The photos in ``folder`` but those ``fitted``."""
+    from mgq.data.image_sources import expand
+
+    return [source for source in expand([str(folder)]) if source not in fitted] if folder is not None else []
+
+
+def answers_of(own: Contender, images: Images, kept: FloatInput) -> npt.NDArray[np.float32]:
+    run, fed = own.load(), images.pixels if own.takes_pixels else kept.to_input(images.pixels)
+    return np.concatenate([run(fed[place : place + 1]).copy() for place in range(len(fed))])
+
+
+def likeness_to(
+    exact: dict[str, npt.NDArray[np.float32]], own: Contender, sets: dict[str, Images], kept: FloatInput
+) -> dict[str, Likeness] | None:
+    """How ``own`` compares with ``exact``; None where its engine does not run it."""
+    try:
+        return {
+            name: likeness_of(answers_of(own, images, kept), exact[name], images.labels)
+            for name, images in sets.items()
+        }
+    except Exception as error:  # whatever an engine has against a file of others is a result, too
+        complain(f"{own.quantizer} in {own.engine}", last_line(str(error)))
+        return None
 
 
 def write_names(folder: Path, file: Path) -> Path:
@@ -170,36 +195,19 @@ def write_names(folder: Path, file: Path) -> Path:
     return file
 
 
-def cells(
-    network: str, own: Contender, likeness: dict[str, Likeness], turns: list[float], floats: list[float] | None
-) -> tuple[str, ...]:
-    unseen, other = (likeness[name] for name in SETS)
-    faster = ""
-    if floats is not None:
-        ratio = statistics.median(first / second for first, second in zip(floats, turns, strict=True))
-        faster = f"{ratio:.2f}"
-    return (
-        *(network, own.quantizer, own.engine, percent(unseen.top1)),
-        *(text for found in (unseen, other) for text in nearness_cells(found)),
-        *(f"{statistics.median(turns):.2f}", faster),
-    )
-
-
-def nearness_cells(found: Likeness) -> tuple[str, ...]:
-    return percent(found.same), f"{found.decibels:.1f}", f"{found.middle:.1f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--calibration", type=Path, required=True, help="folder of the photos that calibrate")
     parser.add_argument("--unseen", type=Path, required=True, help="other photos, a folder for each class")
-    parser.add_argument("--other", type=Path, required=True, help="photos of another kind")
+    parser.add_argument("--other", type=Path, help="photos of another kind")
     parser.add_argument("--images", type=int, default=100, help="photos that calibrate, evenly spread")
     parser.add_argument("--limit", type=int, default=250, help="photos compared of each kind")
     parser.add_argument("--quality", default="balanced")
     parser.add_argument("--seconds", type=float, default=10, help="for the turns of all")
     parser.add_argument("--peers", nargs="*", choices=list(peers.PEERS), default=PEERS)
+    parser.add_argument("--keep", type=Path, help="folder that keeps all files, one for each network")
+    parser.add_argument("--rows", type=Path, help="a line of JSON for each file is appended to this one")
     options = parser.parse_args()
     from mgq.bench.tables import markdown_table
     from mgq.system.megengine_start import import_megengine
@@ -207,10 +215,27 @@ def main() -> None:
     import_megengine()
     rows = []
     for path in options.files:
-        for row in rows_of(path, options):
-            print("  ".join(row), file=sys.stderr, flush=True)
-            rows.append(row)
+        with folder_for(path, options.keep) as folder:
+            for row in rows_of(path, options, folder):
+                complain(path.stem, "  ".join(row.cells()[1:]))
+                rows.append(row.cells())
+                if options.rows is not None:
+                    append_row(options.rows, asdict(row))
     print(markdown_table(COLUMNS, rows, left=3))
+
+
+@contextlib.contextmanager
+def folder_for(path: Path, keep: Path | None) -> Iterator[Path]:
+    """Where the files that are made of ``path`` lie: in ``keep`` for good, else for a while."""
+    from mgq.io.temporary_folders import temporary_folder
+
+    if keep is None:
+        with temporary_folder() as folder:
+            yield folder
+    else:
+        folder = keep.absolute() / path.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""torchvision's networks trained on a folder of photos, as ONNX: ``python tests/benchmarks/torch_exports.py --help``.
+"""torchvision's and timm's networks trained on photos, as ONNX: ``python tests/benchmarks/torch_exports.py --help``.
 
 It needs torch, torchvision, onnx and Pillow, and nothing of mgq: an environment of its own holds them::
 
     uv venv -p 3.11 exports && uv pip install --python exports/bin/python torch torchvision onnx pillow
     exports/bin/python tests/benchmarks/torch_exports.py mobilenet_v3_small --photos flowers --seconds 240
+
+``timm/NAME`` is a network of timm's, which has to be installed, too.
 
 Weights begin at random, and minutes of one core make modest accuracy: enough to have activations of a trained network,
 and right answers to lose.
@@ -64,14 +66,29 @@ def varied(pixels: Any, size: int) -> Any:
     return torch.nn.functional.interpolate(normalized(torch.stack(crops)), (size, size), mode="bilinear")
 
 
+def build(name: str, classes: int, size: int) -> Any:
+    """A network with random weights, for pictures of ``size`` where it has tables that depend on it."""
+    library, _, own = name.rpartition("/")
+    if library != "timm":
+        import torchvision
+
+        return getattr(torchvision.models, own)(num_classes=classes)
+    import timm
+
+    try:
+        return timm.create_model(own, num_classes=classes, img_size=size, exportable=True)
+    except TypeError:  # a network that takes pictures of any size
+        return timm.create_model(own, num_classes=classes, exportable=True)
+
+
 def train(network: Any, photos: Any, labels: Any, size: int, seconds: float, rate: float, batch: int = 32) -> int:
-    """Train for about ``seconds``, the rate from 0 to ``rate`` and back; returns the steps."""
+    """Train for about ``seconds`` of processor time, the rate from 0 to ``rate`` and back; returns the steps."""
     import torch
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
-    start, steps = time.perf_counter(), 0
+    start, steps = time.process_time(), 0
     network.train()
-    while (spent := (time.perf_counter() - start) / seconds) < 1:
+    while (spent := (time.process_time() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(spent / 0.15, 1.0) * (1 - spent)
         chosen = torch.randperm(len(photos))[:batch]
@@ -109,7 +126,7 @@ def export(network: Any, path: Path, size: int, opset: int) -> None:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="as torchvision.models calls it")
+    parser.add_argument("name", help="as torchvision.models calls it, or timm/NAME")
     parser.add_argument("--photos", type=Path, required=True, help="a folder with train/CLASS and val/CLASS")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--seconds", type=float, default=240)
@@ -117,17 +134,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--opset", type=int, default=17)
     options = parser.parse_args(words)
     import torch
-    import torchvision
 
     torch.manual_seed(0)
     random.seed(0)
     larger = round(options.size * LARGER)
     photos, labels = read_photos(options.photos / "train", larger)
-    network = getattr(torchvision.models, options.name)(num_classes=int(labels.max()) + 1)
-    network = network.to(memory_format=torch.channels_last)
+    network = build(options.name, int(labels.max()) + 1, options.size).to(memory_format=torch.channels_last)
     steps = train(network, photos, labels, options.size, options.seconds, options.rate)
     right = top1(network, *read_photos(options.photos / "val", larger), options.size)
-    path = Path(f"{options.name}.onnx")
+    path = Path(f"{Path(options.name).name}.onnx")
     export(network, path, options.size, options.opset)
     sys.stdout.write(f"{path}: {steps} steps, top-1 {100 * right:.1f} % on {options.photos / 'val'}\n")
 

@@ -23,13 +23,12 @@ from mgq.errors import MgqError
 from mgq.export.onnx.onnx_file import read_onnx
 from mgq.export.onnx.pixel_file import write_pixel_file
 from mgq.export.onnx.writer import plain_graph
-from mgq.graph.engine_forms import FIXED_BATCHES, FORMS, adapt_to_engine
+from mgq.graph.engine_forms import FIXED_BATCHES, FORMS, has_own_form
 from mgq.io.atomic import atomic_write
 from mgq.io.temporary_folders import temporary_folder
 from mgq.machine import usable_cores
 from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
-from mgq.quantization.option_names import ANY_ENGINE
 from mgq.runtime.protocol import BatchRuntime, batches_of, run_in_batches
 from mgq.runtime.registry import Backend
 
@@ -302,8 +301,8 @@ def write_engine_form(writer: EngineFileWriter, beside: Path) -> list[Path]:
     """The network in the form for an engine, in the file ``beside``; none where it needs no other for any number of
     pictures."""
     int8 = writer.int8
-    graph = adapt_to_engine(plain_graph(source_of(int8), int8.image_size), ANY_ENGINE)
-    if writer.batch is None and adapt_to_engine(graph, writer.engine.key) is graph:
+    graph = plain_graph(source_of(int8), int8.image_size)
+    if writer.batch is None and not has_own_form(graph, writer.engine.key):
         beside.unlink(missing_ok=True)  # of another network that lay here
         return []
     return [writer.write(beside)]

@@ -13,7 +13,7 @@ import pytest
 from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
-from mgq.graph.engine_forms import FORMS, adapt_to_engine, leave_small_layers_in_float, moves
+from mgq.graph.engine_forms import FORMS, adapt_to_engine, has_own_form, leave_small_layers_in_float, moves
 from mgq.graph.layer_graph import Graph, Node, Operation, QuantParams, WeightedNode, products_per_number
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
@@ -131,8 +131,9 @@ def test_what_others_read_besides_is_rounded_for_a_join_in_openvino_alone(engine
     assert [node.inputs[0] for node in formed.nodes if isinstance(node, Operation) and node.kind == "round"] == rounded
 
 
-def test_for_openvino_layer_norms_are_rounded_behind_the_transposition(tmp_path: Path, graph_of_body: Any) -> None:
-    model = saved(adapt_to_engine(graph_of_body("channels_last")[0], "openvino"), tmp_path / "int8.onnx")
+@pytest.mark.parametrize("engine", ["any", "openvino"])
+def test_layer_norms_are_rounded_behind_the_transposition(tmp_path: Path, graph_of_body: Any, engine: str) -> None:
+    model = saved(adapt_to_engine(graph_of_body("channels_last")[0], engine), tmp_path / "int8.onnx")
     readers = {name: node for node in model.graph.node for name in node.input}
     norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
     behind = readers[norm.output[0]]
@@ -184,10 +185,11 @@ def reads_integers(node: Node, graph: Graph) -> bool:
     return node.output in graph.grids if moves(node) else isinstance(node, WeightedNode) and node.integers is not None
 
 
-def test_for_openvino_linear_layers_over_tokens_are_products_of_matrices(tmp_path: Path, graph_of_body: Any) -> None:
+@pytest.mark.parametrize("engine", ["any", "openvino"])
+def test_linear_layers_over_tokens_are_products_of_matrices(tmp_path: Path, graph_of_body: Any, engine: str) -> None:
     graph, (images, _) = graph_of_body("attention")
-    before = [node.op_type for node in saved(graph, tmp_path / "any.onnx").graph.node]
-    model = saved(adapt_to_engine(graph, "openvino"), tmp_path / "int8.onnx")
+    before = [node.op_type for node in saved(graph, tmp_path / "convolutions.onnx").graph.node]
+    model = saved(adapt_to_engine(graph, engine), tmp_path / "int8.onnx")
     makers = {name: node for node in model.graph.node for name in node.output}
     products = [node for node in model.graph.node if node.op_type == "MatMul"]
     read = [[makers[name].op_type for name in node.input if name in makers] for node in products]
@@ -195,5 +197,16 @@ def test_for_openvino_linear_layers_over_tokens_are_products_of_matrices(tmp_pat
     after = [node.op_type for node in model.graph.node]
     assert after.count("Conv") == before.count("Conv") - 2
     assert after.count("Transpose") == before.count("Transpose") - 4
-    whole, alone = (load(tmp_path / name, "openvino").run(images) for name in ("any.onnx", "int8.onnx"))
-    assert 10 * np.log10((whole**2).sum() / ((alone - whole) ** 2).sum()) > 20
+    whole, alone = (load(tmp_path / name, "openvino").run(images) for name in ("convolutions.onnx", "int8.onnx"))
+    assert ((alone - whole) ** 2).sum() < (whole**2).sum() / 100
+
+
+def test_onnx_runtime_has_convolutions_over_tokens_in_a_form_of_its_own(tmp_path: Path, graph_of_body: Any) -> None:
+    graph, (images, _) = graph_of_body("attention")
+    assert has_own_form(graph, "onnxruntime")
+    assert not has_own_form(graph_of_body("plain")[0], "openvino")
+    models = [saved(adapt_to_engine(graph, engine), tmp_path / f"{engine}.onnx") for engine in ("any", "onnxruntime")]
+    products, convolutions = ([node.op_type for node in model.graph.node].count("Conv") for model in models)
+    assert convolutions == products + 2
+    first, second = (load(tmp_path / f"{engine}.onnx", "onnxruntime").run(images) for engine in ("any", "onnxruntime"))
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)  # the same integers
