@@ -14,7 +14,7 @@ from operator import is_
 from types import MappingProxyType
 
 from mgq.graph.channel_widening import widen_channels
-from mgq.graph.joined_axes import join_leading_axes
+from mgq.graph.joined_axes import is_scale, join_leading_axes
 from mgq.graph.layer_graph import (
     UINT8_MAX,
     Convolution,
@@ -48,7 +48,7 @@ def adapt_to_engine(graph: Graph, engine: str, float_share: float = 0.0) -> Grap
     ``float_share``, where it is not 0: see :func:`leave_small_layers_in_float`.
     """
     formed = FORMS[engine](leave_small_layers_in_float(graph, float_share) if float_share else graph)
-    return join_leading_axes(formed)
+    return join_leading_axes(round_before_rounded_joins(formed))
 
 
 def has_own_form(graph: Graph, engine: str) -> bool:
@@ -121,21 +121,43 @@ def round_before_own_joins(graph: Graph) -> Graph:
     one kernel, and would have more to do.
     """
     readers = readers_in(graph)
-    return round_before_joins(graph, lambda name: len(readers[name]) == 1)
+    return round_before_joins(graph, lambda name, _: name in graph.grids and len(readers[name]) == 1)
 
 
 def round_before_all_joins(graph: Graph) -> Graph:
     """The same of all parts, whoever reads them besides."""
-    return round_before_joins(graph, lambda _: True)
+    return round_before_joins(graph, lambda name, _: name in graph.grids)
 
 
-def round_before_joins(graph: Graph, is_taken: Callable[[str], bool]) -> Graph:
-    """``graph`` with what is joined on the grid of the whole, where all parts that are on others are ``is_taken``."""
+def round_before_rounded_joins(graph: Graph) -> Graph:
+    """The same of all parts of a whole that is rounded to another grid next.
+
+    OpenVINO 2025.4.1 ends in a segmentation fault where it rounds such a whole to a grid with a zero point.
+    """
+    readers = readers_in(graph)
+
+    def is_taken(_: str, whole: str) -> bool:
+        reading = readers[whole]
+        return graph.grids[whole].zero_point != 0 and len(reading) == 1 and is_rounding(reading[0], graph)
+
+    adapted = round_before_joins(graph, is_taken)
+    return graph if adapted is graph else round_before_rounded_joins(adapted)
+
+
+def is_rounding(node: Node, graph: Graph) -> bool:
+    """Whether ``node`` does no more than to scale, cut off and round."""
+    is_plain = isinstance(node, Operation) and (node.kind in ("relu", "round") or is_scale(node))
+    return is_plain and node.output in graph.grids
+
+
+def round_before_joins(graph: Graph, is_taken: Callable[[str, str], bool]) -> Graph:
+    """``graph`` with what is joined on the grid of the whole, where all parts that are not are ``is_taken``, of which
+    they and the whole are told."""
     nodes: list[Node] = []
     grids, shapes = dict(graph.grids), dict(graph.shapes)
     for node in graph.nodes:
         parts = list_parts_on_other_grids(node, graph)
-        if all(map(is_taken, parts)):
+        if all(is_taken(name, node.output) for name in parts):
             rounded = {name: Operation((name,), f"{name}/for/{node.output}", "round", {}) for name in parts}
             nodes += rounded.values()
             grids |= {layer.output: grids[node.output] for layer in rounded.values()}
@@ -148,12 +170,11 @@ def round_before_joins(graph: Graph, is_taken: Callable[[str], bool]) -> Graph:
 
 
 def list_parts_on_other_grids(node: Node, graph: Graph) -> tuple[str, ...]:
-    """What ``node`` joins that lies on another grid than the whole; nothing where some of it lies on none."""
-    if not isinstance(node, Operation) or node.kind != "concat":
+    """What ``node`` joins that does not lie on the grid of the whole; nothing where that has none."""
+    if not isinstance(node, Operation) or node.kind != "concat" or node.output not in graph.grids:
         return ()
-    if not {node.output, *node.inputs} <= graph.grids.keys():
-        return ()
-    return tuple(dict.fromkeys(name for name in node.inputs if graph.grids[name] != graph.grids[node.output]))
+    whole = graph.grids[node.output]
+    return tuple(dict.fromkeys(name for name in node.inputs if graph.grids.get(name) != whole))
 
 
 def readers_in(graph: Graph) -> dict[str, list[Node]]:

@@ -74,8 +74,7 @@ class AxisJoiner:
 
     def scales_joined(self, node: Operation) -> bool:
         """Whether ``node`` multiplies a product by one number."""
-        is_scale = node.kind == "affine" and all(value.size == 1 for value in node.constants.values())
-        return is_scale and (node.inputs[0], 2) in self.joined
+        return is_scale(node) and (node.inputs[0], 2) in self.joined
 
     def write_whole(self, name: str) -> None:
         """Let ``name`` be there with all of its axes."""
@@ -109,6 +108,11 @@ class AxisJoiner:
 def is_of_pairs(sources: list[Shape], result: Shape) -> bool:
     """Whether ``result`` is of two tensors that have a matrix at each of the same places."""
     return len(sources) == 2 and all(shape[:-2] == result[:-2] for shape in sources)
+
+
+def is_scale(node: Operation) -> bool:
+    """Whether ``node`` multiplies by one number, and adds one."""
+    return node.kind == "affine" and all(value.size == 1 for value in node.constants.values())
 
 
 def fit_axes(node: Operation, rank: int) -> Operation:

@@ -131,6 +131,30 @@ def test_what_others_read_besides_is_rounded_for_a_join_in_openvino_alone(engine
     assert [node.inputs[0] for node in formed.nodes if isinstance(node, Operation) and node.kind == "round"] == rounded
 
 
+def list_rounded(reading: str, grid: QuantParams, engine: str) -> list[str]:
+    """What is rounded for a whole on ``grid``, which a layer of the kind ``reading`` reads, and for a part of it."""
+    nodes: tuple[Node, ...] = (
+        Operation(("pixels",), "erf_1", "erf", {}),
+        Operation(("pixels",), "add_1", "add", {}),
+        Operation(("erf_1", "add_1"), "inner", "concat", {"axis": 1}),
+        Operation(("inner", "add_1"), "whole", "concat", {"axis": 1}),
+        Operation(("whole",), "read", reading, {}),
+    )
+    grids = {"add_1": QuantParams(0.5, -128, 127), "inner": QuantParams(1.0, -128, 127), "whole": grid}
+    grids["read"] = QuantParams(0.5, 0, 255)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("pixels", "erf_1", *grids), (1, 4, 2, 2))
+    formed = adapt_to_engine(Graph(nodes, "pixels", "read", grids, shapes), engine)
+    return [node.inputs[0] for node in formed.nodes if isinstance(node, Operation) and node.kind == "round"]
+
+
+@pytest.mark.parametrize("engine", ["any", "onnxruntime"])
+def test_parts_of_a_whole_that_is_rounded_next_are_rounded_themselves(engine: str) -> None:
+    signed, unsigned = QuantParams(2.0, -128, 127), QuantParams(2.0, 0, 255)
+    assert list_rounded("relu", signed, engine) == ["erf_1", "add_1", "inner", "add_1"]
+    assert list_rounded("sigmoid", signed, engine) == []
+    assert list_rounded("relu", unsigned, engine) == []
+
+
 @pytest.mark.parametrize("engine", ["any", "openvino"])
 def test_layer_norms_are_rounded_behind_the_transposition(tmp_path: Path, graph_of_body: Any, engine: str) -> None:
     model = saved(adapt_to_engine(graph_of_body("channels_last")[0], engine), tmp_path / "int8.onnx")

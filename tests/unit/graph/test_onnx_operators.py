@@ -291,6 +291,18 @@ def cast_as_others(model: Model) -> str:
     return model.add("CastLike", model.add("Where", truth, likewise, source), source)
 
 
+def joined_before_activation(model: Model) -> str:
+    """As between the cells of NASNet; parts of parts; and such as are not on a grid."""
+    one, other = (model.conv(first(model), 8, 8, 1) for _ in range(2))
+    total = model.add("Add", one, other)
+    joined = model.add("Relu", model.add("Concat", model.add("Concat", one, other, axis=1), total, axis=1))
+    smooth = [model.add("Elu", model.conv(joined, 24, 8, 1)) for _ in range(2)]
+    parts = [*smooth, model.add("Add", *smooth)]
+    scaled = model.add("Mul", model.add("Concat", *parts, axis=1), model.constant(0.5))
+    curved = [model.add("Erf", model.conv(scaled, 24, 4, 1)) for _ in range(2)]
+    return model.add("Relu", model.add("Concat", *curved, axis=1))
+
+
 BODIES: tuple[Body, ...] = (
     *(logarithms, thresholds, extremes, averages, masks, masked_attention, triangles, lengths, sums, powers, rows),
     *(
@@ -306,7 +318,7 @@ BODIES: tuple[Body, ...] = (
         even_shares,
     ),
     *(volumes, norm_of_tokens, transposed_convolutions, put_together, tokens_beside_one),
-    *(picked_places, pairs_of_channels, cast_as_others),
+    *(picked_places, pairs_of_channels, cast_as_others, joined_before_activation),
 )
 
 
