@@ -23,6 +23,7 @@ from mgq.graph.onnx_import.reductions import REDUCING_AXES
 ALONG_ONE_AXIS = {
     "Concat": 1,
     "Gather": 0,
+    "GatherElements": 0,
     "LayerNormalization": -1,
     "LogSoftmax": -1,
     "LpNormalization": -1,
@@ -81,7 +82,6 @@ def lift(node: Any, scope: Scope) -> Any:
         changed["equation"] = with_one_more(str(given["equation"]), node, scope)
     elif kind == "GatherND":
         changed["batch_dims"] = given.get("batch_dims", 0) + 1
-        scope.constants[LIFTED + node.input[1]] = scope.constant(node.input[1])[None]
     elif kind == "BatchNormalization":
         changed[LAST_CHANNELS] = 1
     elif kind == "Pad":
@@ -97,10 +97,13 @@ def lift(node: Any, scope: Scope) -> Any:
         raise UnknownFormError("mixes the batch with other axes")
     for name in node.input:
         if name in scope.layers:
-            scope.layers[LIFTED + name] = lift_layer(name, most if kind in OF_ANY_AXES else 0, scope)
+            is_moved = new.op_type == "Reshape"  # it takes numbers in any shape, and MegEngine has seven axes at most
+            lifted = scope.layers[name] if is_moved else lift_layer(name, most if kind in OF_ANY_AXES else 0, scope)
+            scope.layers[LIFTED + name] = lifted
     new.input[:] = [LIFTED + name if name in scope.layers else name for name in node.input]
-    if kind == "GatherND":
+    if kind in ("GatherND", "GatherElements"):
         new.input[1] = LIFTED + node.input[1]
+        scope.constants[new.input[1]] = scope.constant(node.input[1])[None]
     set_attributes(new, changed)
     return new
 
@@ -200,6 +203,18 @@ def wanted_shape(node: Any, given: dict[str, Any], shape: tuple[int, ...], scope
     wanted = scope.shape_for_one(wanted, math.prod(shape))
     known = math.prod(size for size in wanted if size != -1)
     return [math.prod(shape) // max(known, 1) if size == -1 else size for size in wanted]
+
+
+def reshape_to_picture(node: Any, scope: Scope) -> bool:
+    """Whether ``node`` is a Reshape or Flatten that gives one picture again; it is made then."""
+    if node.op_type not in ("Reshape", "Flatten"):
+        return False
+    (source, *_), (output,) = node.input, node.output
+    wanted = wanted_shape(node, attributes_of(node), scope.file_shape(source), scope)
+    if wanted[0] != 1 or len(wanted) < 2:
+        return False
+    scope.layers[output] = scope.draft.add("reshape", [scope.layer(source)], output, {"shape": wanted[1:]})
+    return True
 
 
 def expanded_shape(node: Any, shape: tuple[int, ...], scope: Scope) -> list[int]:

@@ -137,6 +137,20 @@ def read_gather_nd(op: Operator) -> None:
     look_up(op, flat, 1, found.ravel().tolist(), [*found.shape, *rest])
 
 
+def read_gather_elements(op: Operator) -> None:
+    """By constant places along one axis, others for each place on the other axes."""
+    places, shape = op.constant(1), op.shape()
+    axis = op.axis(int(op.read_attribute("axis", 0)), len(shape))
+    assert places is not None
+    if axis == 0 or len(places) != 1:
+        raise BatchMixedError
+    whole = list(np.indices(places.shape[1:]))
+    whole[axis - 1] = places[0] % shape[axis]
+    found = np.ravel_multi_index(tuple(whole), shape[1:])
+    flat = op.add("reshape", op.layer(), shape=[math.prod(shape)])
+    look_up(op, flat, 1, found.ravel().tolist(), places.shape[1:])
+
+
 def read_cast_like(op: Operator) -> None:
     """To what layers hold, floats; or to what a constant does."""
     kind = op.scope.constant(op.inputs[1]).dtype if op.scope.is_constant(op.inputs[1]) else np.dtype(np.float32)
@@ -215,6 +229,7 @@ COMPOSED: dict[str, Callable[[Operator], None]] = {
     "DepthToSpace": read_depth_to_space,
     "Einsum": read_einsum,
     "Expand": read_expand,
+    "GatherElements": read_gather_elements,
     "GatherND": read_gather_nd,
     "Gelu": read_gelu,
     "GroupNormalization": read_group_norm,

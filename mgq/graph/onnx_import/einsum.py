@@ -1,12 +1,19 @@
-"""Einsum where it is a permutation or a product of matrices: transpositions, reshapes and a product of matrices."""
+"""Einsum where it is a permutation, a sum or a product of matrices: transpositions, reshapes and a layer."""
 
 from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from mgq.graph.onnx_import.operators import BatchMixedError, Operator, UnknownFormError, add_linear_over_last_axis
+from mgq.graph.onnx_import.operators import (
+    BatchMixedError,
+    Operator,
+    UnknownFormError,
+    add_affine,
+    add_linear_over_last_axis,
+)
 
 REST = "..."
 
@@ -19,10 +26,8 @@ def read_einsum(op: Operator) -> None:
     if any(len(set(term)) != len(term) for term in (*terms, output)):
         raise UnknownFormError("takes the diagonal of a tensor")
     if len(terms) == 1:
-        if set(terms[0]) != set(output):
-            raise UnknownFormError("sums along axes")
         refuse_mixed_batch(terms, output)
-        op.give(move_axes(op, op.layer(), terms[0], output))
+        op.settle(move_axes(op, *sum_others(op, op.layer(), terms[0], output), output))
     elif len(terms) == 2 and any(op.scope.is_constant(name) for name in op.inputs):
         place = 1 if op.scope.is_constant(op.inputs[0]) else 0
         multiply_by_weights(op, place, terms[place], terms[1 - place], output)
@@ -64,6 +69,18 @@ def move_axes(op: Operator, layer: str, before: str, after: str) -> str:
     return op.add("transpose", layer, axes=[before.index(letter) for letter in after])
 
 
+def sum_others(op: Operator, layer: str, axes: str, wanted: str) -> tuple[str, str]:
+    """A layer that gives what ``layer`` does, summed along those of its ``axes`` that are not ``wanted``; and its
+    axes."""
+    places = [place for place, letter in enumerate(axes) if letter not in wanted]
+    if not places:
+        return layer, axes
+    shape = op.scope.draft.shape(layer)
+    total = add_affine(op, op.add("mean", layer, axes=places), math.prod(shape[place] for place in places))
+    kept = [place for place in range(len(axes)) if place not in places]
+    return reshape_to(op, total, [shape[place] for place in kept[1:]]), "".join(axes[place] for place in kept)
+
+
 def reshape_to(op: Operator, layer: str, sizes: Sequence[int]) -> str:
     """``layer`` with axes of ``sizes`` behind that of the pictures."""
     if op.scope.draft.shape(layer)[1:] == tuple(sizes):
@@ -71,45 +88,92 @@ def reshape_to(op: Operator, layer: str, sizes: Sequence[int]) -> str:
     return op.add("reshape", layer, shape=list(sizes))
 
 
+@dataclass(frozen=True)
+class Product:
+    """One of matrices for each picture and each place on the axes that ``left``, ``right`` and the output share: of
+    ``rows`` by what is ``summed``, and of this by ``columns``; ``size`` is that of each axis."""
+
+    left: str
+    right: str
+    output: str
+    size: Mapping[str, int]
+
+    def list_axes(self, in_left: bool, in_right: bool, in_output: bool) -> str:
+        """Those behind that of the pictures, in the order of ``left``, then of ``right``."""
+        wanted, letters = (in_left, in_right, in_output), dict.fromkeys(self.left + self.right)
+        terms = (self.left, self.right, self.output)
+        return "".join(
+            letter
+            for letter in letters
+            if letter != self.output[0] and tuple(letter in term for term in terms) == wanted
+        )
+
+    @property
+    def shared(self) -> str:
+        return self.list_axes(True, True, True)
+
+    @property
+    def summed(self) -> str:
+        return self.list_axes(True, True, False)
+
+    @property
+    def rows(self) -> str:
+        return self.list_axes(True, False, True)
+
+    @property
+    def columns(self) -> str:
+        return self.list_axes(False, True, True)
+
+    def sizes(self, letters: str) -> list[int]:
+        return [self.size[letter] for letter in letters]
+
+    def count(self, letters: str) -> int:
+        return math.prod(self.sizes(letters))
+
+
 def multiply_layers(op: Operator, one: str, other: str, output: str) -> None:
-    """The product of two layers: one of matrices for each picture and each place on the axes that all three share."""
     refuse_mixed_batch((one, other), output)
     size = dict(zip(one + other, op.shape(0) + op.shape(1), strict=True))
     if any(size[letter] != extent for letter, extent in zip(one, op.shape(0), strict=True)):
         raise UnknownFormError("repeats an axis of length 1")
-    shared = "".join(letter for letter in one if letter in other and letter in output)
-    summed = "".join(letter for letter in one if letter in other and letter not in output)
-    rows = "".join(letter for letter in one if letter not in other)
-    columns = "".join(letter for letter in other if letter not in one)
-    if set(shared + rows + columns) != set(output):
-        raise UnknownFormError("sums along an axis of one tensor alone")
-
-    def count(letters: str) -> int:
-        return math.prod(size[letter] for letter in letters)
-
-    places = count(shared[1:])
-    left = reshape_to(op, move_axes(op, op.layer(0), one, shared + rows + summed), [places, count(rows), count(summed)])
-    right = move_axes(op, op.layer(1), other, shared + summed + columns)
-    right = reshape_to(op, right, [places, count(summed), count(columns)])
-    product = op.add("matmul", left, right)
-    whole = reshape_to(op, product, [size[letter] for letter in shared[1:] + rows + columns])
-    op.give(move_axes(op, whole, shared + rows + columns, output))
+    left, one = sum_others(op, op.layer(0), one, other + output)
+    right, other = sum_others(op, op.layer(1), other, one + output)
+    product, batch = Product(one, other, output, size), output[0]
+    places, summed = product.count(product.shared), product.count(product.summed)
+    left = move_axes(op, left, one, batch + product.shared + product.rows + product.summed)
+    right = move_axes(op, right, other, batch + product.shared + product.summed + product.columns)
+    left = reshape_to(op, left, [places, product.count(product.rows), summed])
+    right = reshape_to(op, right, [places, summed, product.count(product.columns)])
+    finish(op, op.add("matmul", left, right), product)
 
 
 def multiply_by_weights(op: Operator, place: int, layer: str, weights: str, output: str) -> None:
-    """The layer at ``place`` times weights, as a linear layer over the axes that the output does not have."""
-    summed = "".join(letter for letter in layer if letter not in output)
-    kept = "".join(letter for letter in layer if letter in output)
-    columns = "".join(letter for letter in output if letter not in layer)
-    if set(weights) != set(summed + columns) or not summed:
-        raise UnknownFormError("multiplies by weights that differ along an axis of the tensor")
+    """The layer at ``place`` times weights: a linear layer, or a product for each place on the axes that they share."""
     refuse_mixed_batch((layer,), output)
-    size = dict(zip(layer, op.shape(place), strict=True))
-    value = op.scope.constant(op.inputs[1 - place]).transpose([weights.index(letter) for letter in columns + summed])
-    size |= dict(zip(columns, value.shape, strict=False))
-    source = move_axes(op, op.layer(place), layer, kept + summed)
-    inputs = math.prod(size[letter] for letter in summed)
-    source = reshape_to(op, source, [math.prod(size[letter] for letter in kept[1:]), inputs])
-    done = add_linear_over_last_axis(op, source, value.reshape(-1, inputs))
-    whole = reshape_to(op, done, [size[letter] for letter in kept[1:] + columns])
-    op.give(move_axes(op, whole, kept + columns, output))
+    value = op.scope.constant(op.inputs[1 - place])
+    size = dict(zip(weights + layer, value.shape + op.shape(place), strict=True))
+    if weights[0] == layer[0] and len(value) == 1:
+        value, weights = value[0], weights[1:]
+    if layer[0] in weights or any(size[letter] != extent for letter, extent in zip(weights, value.shape, strict=True)):
+        raise UnknownFormError("multiplies by weights that differ along an axis of the tensor")
+    alone = tuple(axis for axis, letter in enumerate(weights) if letter not in layer + output)
+    value, weights = value.sum(alone), "".join(letter for letter in weights if letter in layer + output)
+    source, layer = sum_others(op, op.layer(place), layer, weights + output)
+    product = Product(layer, weights, output, size)
+    source = move_axes(op, source, layer, output[0] + product.shared + product.rows + product.summed)
+    places, rows, summed = (product.count(part) for part in (product.shared, product.rows, product.summed))
+    value = value.transpose([weights.index(letter) for letter in product.shared + product.summed + product.columns])
+    value = value.reshape(places, summed, -1)
+    if product.shared:
+        source = reshape_to(op, source, [places, rows, summed])
+        done = op.scope.draft.add("matmul", [source], "", {}, {"weight": value})
+    else:
+        done = add_linear_over_last_axis(op, reshape_to(op, source, [rows, summed]), value[0].T)
+    finish(op, done, product)
+
+
+def finish(op: Operator, done: str, product: Product) -> None:
+    """The output is what ``done`` gives, the ``product`` in its own order of axes."""
+    axes = product.shared + product.rows + product.columns
+    whole = reshape_to(op, done, product.sizes(axes))
+    op.give(move_axes(op, whole, product.output[0] + axes, product.output))

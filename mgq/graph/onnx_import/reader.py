@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mgq.errors import InputError, printable
-from mgq.graph.onnx_import.batch_mixing import OF_CHANNELS, lift, lift_channels, settle, settle_channels
+from mgq.graph.onnx_import.batch_mixing import (
+    OF_CHANNELS,
+    lift,
+    lift_channels,
+    reshape_to_picture,
+    settle,
+    settle_channels,
+)
 from mgq.graph.onnx_import.composed_operators import COMPOSED
 from mgq.graph.onnx_import.computed_norms import is_computed_norm, read_computed_norm
 from mgq.graph.onnx_import.constants import FOLDED, attributes_of, fold
@@ -153,6 +160,8 @@ def read_operator(node: Any, scope: Scope) -> None:
     if node.op_type in OF_CHANNELS and len(scope.file_shape(node.input[0])) > 2:
         make_layers(lift_channels(node, scope), scope)
         settle_channels(node, scope.file_shape(node.input[0])[0], scope)
+        return
+    if reshape_to_picture(node, scope):
         return
     lifted = lift(node, scope)
     make_layers(lifted, scope)
