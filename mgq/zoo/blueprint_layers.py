@@ -140,8 +140,12 @@ def pad_from_inside(options: Options, inp: Tensor) -> Tensor:
 
 
 def expand(options: Options, inp: Tensor) -> Tensor:
-    """``shape`` is without the batch, of as many axes as there are."""
-    return F.broadcast_to(inp, (inp._tuple_shape[0], *options["shape"]))
+    """``shape`` is without the batch, of as many axes as there are.
+
+    The product makes numbers of its own of a view. Of such a view and another tensor that is repeated along the same
+    axis MegEngine 1.13.0 makes numbers of memory that was never written.
+    """
+    return F.broadcast_to(inp, (inp._tuple_shape[0], *options["shape"])) * 1
 
 
 def max_pool(options: Options, inp: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ def read_resize(op: Operator) -> None:
         rounding = "floor" if is_old else str(op.read_attribute("nearest_mode", "round_prefer_floor"))
         choose(op, [round_places(line, rounding, shape[axis]) for axis, line in zip((2, 3), lines, strict=True)])
     elif mode in ("linear", "cubic"):
+        if op.scope.holds_pixels(op.layer()):
+            raise UnknownFormError(
+                "blends integers, which each engine rounds in its own way: cast pixels to float32 first"
+            )
         weigh = weigh_all if op.read_attribute("antialias", 0) else weigh_neighbours
         rows, columns = (
             weigh(op, mode, line, shape[axis], scales[axis]) for axis, line in zip((2, 3), lines, strict=True)

@@ -154,6 +154,17 @@ def test_preprocessing_of_a_file_that_has_it_inside_is_refused(tmp_path: Path, w
     assert difference(bgr, rgb) > 0.01
 
 
+def test_blended_pixels_that_are_integers_are_refused(tmp_path: Path) -> None:
+    model = Model()
+    smaller = model.add("Resize", "image", "", model.constant([1, 1, 0.75, 0.75]), mode="linear")
+    answer = model.classify(stem(model, divide(model, smaller, (0, 1, 0, 0))), 8)
+    path = model.save(tmp_path / "model.onnx", answer, **PIXELS)
+    with pytest.raises(
+        InputError, match=r"Resize 'n0' \(opset 17\) that blends integers.*: cast pixels to float32 first"
+    ):
+        import_classifier(path, ImportWish(), "")
+
+
 def test_numbers_of_a_float_file_are_not_turned_into_integers(tmp_path: Path) -> None:
     model = Model()
     whole = model.add("Cast", model.add("Cast", "image", to=TensorProto.INT32), to=TensorProto.FLOAT)

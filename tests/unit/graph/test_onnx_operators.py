@@ -303,6 +303,15 @@ def joined_before_activation(model: Model) -> str:
     return model.add("Relu", model.add("Concat", *curved, axis=1))
 
 
+def repeated_twice(model: Model) -> str:
+    """Two tensors that are repeated along the same axis, as in TensorFlow's layer norm that was not trained."""
+    source = first(model)
+    middle = model.add("ReduceMean", source, axes=[1], keepdims=1)
+    spread = model.add("ReduceL2", source, axes=[1], keepdims=1)
+    scale = model.add("Mul", model.add("Reciprocal", spread), model.constant(np.ones((1, 8, 1, 1))))
+    return model.add("Sub", model.add("Mul", source, scale), model.add("Mul", middle, scale))
+
+
 BODIES: tuple[Body, ...] = (
     *(logarithms, thresholds, extremes, averages, masks, masked_attention, triangles, lengths, sums, powers, rows),
     *(
@@ -318,7 +327,7 @@ BODIES: tuple[Body, ...] = (
         even_shares,
     ),
     *(volumes, norm_of_tokens, transposed_convolutions, put_together, tokens_beside_one),
-    *(picked_places, pairs_of_channels, cast_as_others, joined_before_activation),
+    *(picked_places, pairs_of_channels, cast_as_others, joined_before_activation, repeated_twice),
 )
 
 
