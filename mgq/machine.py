@@ -48,8 +48,13 @@ ONEDNN_EXACT = "AVX512_CORE_VNNI"
 
 
 def usable_cores() -> int:
-    """The logical cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of logical cores that this process may run on."""
+    return len(list_usable_cores())
+
+
+def list_usable_cores() -> set[int]:
+    """The numbers of the logical cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def place_threads(cores: set[int]) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mgq.engine.classifier.deployment import Deployment
 
 
+BUSY = 0.2
+"""Part of the processor from which on the work of other programs is said to have disturbed the times."""
 MOSTLY_SAME = 90.0
 """Percent of the pictures: where int8 answers fewer of them as float does, it is said."""
 
@@ -38,6 +40,11 @@ def show_deployment(deployment: Deployment, else_try: str = "") -> None:
         f"{plural(deployment.images, 'picture')} compared; "
         f"{format_size(deployment.float_bytes)} float, {format_size(deployment.int8_bytes)} int8"
     )
+    if deployment.others >= BUSY:
+        note(
+            f"other programs had {deployment.others:.0%} of the processor meanwhile: times are rough, and another file "
+            "may be the fastest when nothing else runs"
+        )
     for row in deployment.rows:
         if row.float_share:
             note(f"{row.engine} is faster with {row.float_share:.0%} of the layers in float, so its file has them so")

@@ -53,6 +53,15 @@ def test_an_engine_in_which_int8_answers_otherwise_is_told(
     assert ("int8 answers fewer than 90 % of the pictures as float does in engine 1: `mgq analyze`" in said) == is_said
 
 
+@pytest.mark.parametrize(("others", "is_said"), [(0.43, True), (0.05, False)])
+def test_the_work_of_other_programs_is_said_where_it_disturbed_the_times(
+    capsys: pytest.CaptureFixture[str], others: float, is_said: bool
+) -> None:
+    show_deployment(replace(measured(2.0), others=others))
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("other programs had 43% of the processor meanwhile: times are rough" in said) == is_said
+
+
 @pytest.mark.parametrize(("plain", "is_said"), [(0.7, True), (1.2, False)])
 def test_where_the_file_for_any_engine_is_slower_than_float_beside_its_own_it_says_so(
     capsys: pytest.CaptureFixture[str], plain: float, is_said: bool

@@ -31,6 +31,7 @@ from mgq.ptq.pipeline import snr_of
 from mgq.quantization.modes import Mode
 from mgq.runtime.protocol import BatchRuntime, batches_of, run_in_batches
 from mgq.runtime.registry import Backend
+from mgq.system.processor_share import read_processor_time, share_of_others
 
 ROUNDS, SECONDS = 60, (0.5, 3.0)
 """Turns that each file gets in an engine at least, and the seconds that all of them take, at least and at most."""
@@ -104,7 +105,8 @@ class EngineRow:
 @dataclass(frozen=True)
 class Deployment:
     """The int8 file for any engine, both sizes in bytes, the number of images compared, and a row for each engine;
-    ``batch``, how many images were timed at once."""
+    ``batch``, how many images were timed at once; ``others``, the part of the processor, 0 to 1, that other programs
+    had meanwhile."""
 
     path: Path
     float_bytes: int
@@ -113,6 +115,7 @@ class Deployment:
     threads: int
     rows: tuple[EngineRow, ...]
     batch: int = 1
+    others: float = 0.0
 
     @property
     def slower(self) -> tuple[str, ...]:
@@ -240,9 +243,11 @@ def deploy_beside(
         EngineFileWriter(int8, engine, keep_input, None if keep_input else FIXED_BATCHES.get(engine.key), wanted)
         for engine in list_backends(path)
     ]
+    begin = read_processor_time()
     rows = tuple(measure_forms(beside, path, writer) for writer in writers)
+    others = share_of_others(begin)
     drop_slower_forms(path, rows)
-    return Deployment(path, beside.size, dumped.size, len(beside.images), usable_cores(), rows)
+    return Deployment(path, beside.size, dumped.size, len(beside.images), usable_cores(), rows, others=others)
 
 
 def measure_file(
@@ -257,9 +262,10 @@ def measure_file(
     engines = sorted(list_backends(dumped.path), key=lambda engine: engine.key != form)
     batch = read_onnx(dumped.path).shape[0]
     with float_file_of(normal, images, source, batch) as beside:
+        begin = read_processor_time()
         rows = tuple(measure_or_mend(beside, engine, dumped.path, write, form) for engine in engines)
-        size = dumped.path.stat().st_size
-        return Deployment(dumped.path, beside.size, size, len(images), usable_cores(), rows, batch or 1)
+        others, size = share_of_others(begin), dumped.path.stat().st_size
+        return Deployment(dumped.path, beside.size, size, len(images), usable_cores(), rows, batch or 1, others)
 
 
 def measure_or_mend(beside: FloatFile, engine: Backend, path: Path, write: Write, form: str) -> EngineRow:
