@@ -26,8 +26,10 @@ class InputContract:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def describe(self) -> str:
-        """The contract in words."""
+    def describe(self, channels: int = 3) -> str:
+        """The contract in words, for a network of so many ``channels``."""
+        if channels == 1:
+            return f"{self.name} (grey, mean {np.mean(self.mean):.4g}, std {np.mean(self.std):.4g})"
         means, stds = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         return f"{self.name} ({self.order.upper()}, mean {means}, std {stds})"
 

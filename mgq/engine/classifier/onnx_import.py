@@ -192,7 +192,7 @@ def import_classifier(path: Path, wish: ImportWish, digest: str) -> tuple[Classi
         source[SCORES] = file.output
     options = {BLUEPRINT: network.blueprint.to_json(), SOURCE: json.dumps(source)}
     spec = register_blueprint(name_for(path), options)
-    origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.describe()})"
+    origin = f"{printable(path)} (ONNX, opset {file.opset}, input {contract.describe(file.image[0])})"
     classifier = Classifier(network, None, spec, Mode.NORMAL, classes, spec.image_size, origin, options)
     remarks = remarks_on(file, draft, contract, wish, difference)
     if told_by is not None:
@@ -253,7 +253,7 @@ def remarks_on(
     default = (
         "" if not wish.is_open or is_of_ultralytics(file) else ", the default: --preprocess tf, caffe or raw for others"
     )
-    fed = f"input as {contract.describe()}{default}"
+    fed = f"input as {contract.describe(file.image[0])}{default}"
     if file.takes_pixels:
         channels = "grey" if file.image[0] == 1 else contract.order.upper()
         fed = f"input as uint8 pixels ({channels}); the file has mean and deviation inside"

@@ -478,6 +478,8 @@ def test_grey_networks_see_the_grey_of_a_image(tmp_path: Path) -> None:
     grey = np.repeat(pixels(2)[:, :1], 3, axis=1)
     wanted = answers_of(path, grey[:, :1].astype(np.float32))
     assert difference(classifier_in(path).logits(grey), wanted) < 1e-4
+    classifier, remarks = import_classifier(path, ImportWish(), "")
+    assert remarks[1].startswith("input as torch (grey, mean 114.5, std 57.63)") and "(grey, " in classifier.origin
 
 
 def test_channels_may_come_last(tmp_path: Path) -> None:
