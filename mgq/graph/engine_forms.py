@@ -28,7 +28,7 @@ from mgq.graph.layer_graph import (
     products_per_number,
     readers_in,
 )
-from mgq.graph.row_products import multiply_rows
+from mgq.graph.row_products import count_from_zero, multiply_rows
 from mgq.quantization.option_names import ANY_ENGINE, FOR_ONNXRUNTIME, FOR_OPENVINO
 from mgq.zoo.blueprint import ACTIVATIONS, FLOAT
 
@@ -191,7 +191,8 @@ def round_behind_transpositions(graph: Graph) -> Graph:
 
 
 def for_openvino(graph: Graph) -> Graph:
-    return round_behind_transpositions(compute_gates_in_float(round_before_all_joins(multiply_rows(graph))))
+    joined = round_before_all_joins(multiply_rows(graph))
+    return count_from_zero(round_behind_transpositions(compute_gates_in_float(joined)))
 
 
 def compute_gates_in_float(graph: Graph) -> Graph:

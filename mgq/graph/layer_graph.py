@@ -84,7 +84,12 @@ class Linear(WeightedNode):
 
 @dataclass(frozen=True)
 class RowProduct(WeightedNode):
-    """A linear layer over the last axis of rows, (N, ..., I) -> (N, ..., O)."""
+    """A linear layer over the last axis of rows, (N, ..., I) -> (N, ..., O).
+
+    ``counts_from_zero``: it reads integers as if their zero point were 0, and its bias makes up for that.
+    """
+
+    counts_from_zero: bool = False
 
 
 @dataclass(frozen=True)

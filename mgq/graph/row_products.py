@@ -69,6 +69,21 @@ class RowWriter:
         return drop_unread_moves(replace(self.graph, nodes=tuple(nodes), grids=grids, shapes=self.shapes))
 
 
+def count_from_zero(graph: Graph) -> Graph:
+    """``graph`` with products of rows that read integers without their zero point. The numbers are the same.
+
+    OpenVINO takes a zero point off in a kernel in front of the product, 2 % of the time of a small transformer.
+    """
+
+    products = {
+        node.output: replace(node, counts_from_zero=True)
+        for node in graph.nodes
+        if isinstance(node, RowProduct) and node.integers is not None and node.inputs[0] in graph.grids
+    }
+    nodes = tuple(products.get(node.output, node) for node in graph.nodes)
+    return replace(graph, nodes=nodes) if products else graph
+
+
 def list_layers_over_tokens(
     node: Node, makers: Mapping[str, Node], readers: Mapping[str, Sequence[Node]]
 ) -> list[Layer]:

@@ -152,6 +152,7 @@ class Writer:
         self.floats: dict[str, str] = {}
         self.integers: dict[str, str] = {}
         self.counts: dict[str, str] = {}
+        self.from_zero: dict[str, str] = {}
 
     def write(self) -> None:
         grid = self.graph.grids.get(self.graph.input, QuantParams(1.0))
@@ -193,6 +194,16 @@ class Writer:
         if tensor not in self.floats:
             self.floats[tensor] = self.dequantize(self.integers[tensor], tensor, self.graph.grids[tensor])
         return self.floats[tensor]
+
+    def float_from_zero(self, tensor: str) -> str:
+        """The name of ``tensor`` as floats that begin at 0, which its zero point stands above."""
+        if self.graph.grids[tensor].zero_point == 0:
+            return self.float_of(tensor)
+        if tensor not in self.from_zero:
+            scale, _ = self.grid_constants(tensor, self.graph.grids[tensor])
+            inputs = [self.integers[tensor], scale, self.constant(f"{tensor}/from_zero", np.array(0, np.uint8))]
+            self.from_zero[tensor] = self.add("DequantizeLinear", inputs, f"{tensor}/counted")
+        return self.from_zero[tensor]
 
     def counts_of(self, tensor: str) -> str:
         """The name of the integers of ``tensor`` as floats, without their scale."""
@@ -323,7 +334,10 @@ class Writer:
             integers = np.ascontiguousarray(node.integers.T)
             weight = self.dequantize_constant(f"{name}/weight", integers, node.scales, axis=1)
             scales = (node.scales * np.float32(grid.scale)).astype(np.float32)
-            bias = None if bias is None else (bias_steps(bias, scales) * scales).astype(np.float32)
+            steps = np.zeros(1, np.int64) if bias is None else bias_steps(bias, scales).astype(np.int64)
+            if node.counts_from_zero:
+                read, steps = self.float_from_zero, steps - grid.zero_point * integers.sum(axis=0, dtype=np.int64)
+            bias = (steps * scales).astype(np.float32) if steps.any() else None
         value = self.add("MatMul", [read(source), weight], f"{name}/product")
         if bias is not None:
             value = self.add("Add", [value, self.constant(f"{name}/bias", bias)], f"{name}/sum")

@@ -265,6 +265,20 @@ def test_activations_between_linear_layers_over_tokens_are_of_rows_too(
     np.testing.assert_allclose(rows, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_for_openvino_products_read_integers_without_their_zero_point(tmp_path: Path, graph_of_body: Any) -> None:
+    graph, (images, _) = graph_of_body("unfolded")
+    zero_points, answers = [], []
+    for engine in ("any", "openvino"):
+        model = saved(adapt_to_engine(graph, engine), tmp_path / f"{engine}.onnx")
+        values = {value.name: onnx.numpy_helper.to_array(value) for value in model.graph.initializer}
+        makers = {name: node for node in model.graph.node for name in node.output}
+        products = [node for node in model.graph.node if node.op_type == "MatMul"]
+        zero_points.append([int(values[makers[node.input[0]].input[2]]) for node in products])
+        answers.append(load(tmp_path / f"{engine}.onnx", "onnxruntime").run(images))
+    assert all(zero_points[0]) and zero_points[1] == [0, 0]
+    assert ((answers[1] - answers[0]) ** 2).sum() < (answers[0] ** 2).sum() / 1000  # OpenVINO's form rounds less, too
+
+
 def test_onnx_runtime_has_convolutions_over_tokens_in_a_form_of_its_own(tmp_path: Path, graph_of_body: Any) -> None:
     graph, (images, _) = graph_of_body("attention")
     assert has_own_form(graph, "onnxruntime")
