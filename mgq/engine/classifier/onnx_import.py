@@ -55,9 +55,9 @@ ENTRY = "entry"
 """The key of what is known of a file's float input."""
 SCORES = "scores"
 """The key of the output that was taken of several."""
-VERSION = 5
+VERSION = 6
 """Of this import: raised where it makes another network of the same file. 2: floors of grids, 3: joined branches, 4:
-floors behind activations, too, 5: layers between others in float stay in float."""
+floors behind activations, too, 5: layers between others in float stay in float, 6: masks are finite."""
 VERSION_OF = "importer"
 """The key of the version that made an import; the first said none."""
 SAME = ("sha256", "input", SCORES)
