@@ -179,8 +179,9 @@ def unused(folder: Path | None, fitted: Sequence[Source]) -> list[Source]:
 
 
 def answers_of(own: Contender, images: Images, kept: FloatInput) -> npt.NDArray[np.float32]:
+    """What ``own`` answers to ``images``, (N, classes): shares where a file ends in a softmax, but logits by mgq."""
     run, fed = own.load(), images.pixels if own.takes_pixels else kept.to_input(images.pixels)
-    return np.concatenate([run(fed[place : place + 1]).copy() for place in range(len(fed))])
+    return np.concatenate([run(fed[place : place + 1]).reshape(1, -1).copy() for place in range(len(fed))])
 
 
 def outlives(own: Contender, fed: Fed) -> bool:
