@@ -28,6 +28,7 @@ from mgq.graph.layer_graph import (
     products_per_number,
     readers_in,
 )
+from mgq.graph.norms_behind_joins import join_for_norms
 from mgq.graph.row_products import count_from_zero, multiply_rows
 from mgq.quantization.option_names import ANY_ENGINE, FOR_ONNXRUNTIME, FOR_OPENVINO
 from mgq.zoo.blueprint import ACTIVATIONS, FLOAT
@@ -191,7 +192,7 @@ def round_behind_transpositions(graph: Graph) -> Graph:
 
 
 def for_openvino(graph: Graph) -> Graph:
-    joined = round_before_all_joins(multiply_rows(graph))
+    joined = round_before_all_joins(join_for_norms(multiply_rows(graph)))
     return count_from_zero(round_behind_transpositions(compute_gates_in_float(joined)))
 
 

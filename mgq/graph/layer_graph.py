@@ -93,6 +93,15 @@ class RowProduct(WeightedNode):
 
 
 @dataclass(frozen=True)
+class JoinedNorm(Node):
+    """Integers, from 0 on, of all ``inputs`` joined along the channels, times a ``scale`` and with a ``shift``, float32
+    (C,): a norm of what they stand for."""
+
+    scale: Array
+    shift: Array
+
+
+@dataclass(frozen=True)
 class Add(Node):
     relu: bool
 

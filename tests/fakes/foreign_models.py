@@ -283,6 +283,16 @@ def unfolded(model: Model) -> str:
     return shaped(model.add("Transpose", whole, perm=[0, 3, 1, 2]), 0, 8, 8, 8)
 
 
+def dense(model: Model) -> str:
+    """DenseNet's: each layer reads a norm of all that was made before."""
+    parts = [model.conv("image", 3, 8, pads=[1] * 4, strides=[2, 2])]
+    for channels in (8, 12):
+        whole = model.add("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
+        parts.append(model.conv(model.add("Relu", model.norm(whole, channels)), channels, 4, pads=[1] * 4))
+    whole = model.add("Relu", model.norm(model.add("Concat", *parts, axis=1), 16))
+    return model.conv(whole, 16, 8)
+
+
 BODIES: dict[str, Callable[[Model], str]] = {
     "plain": plain,
     "squeeze_and_excite": squeeze_and_excite,
@@ -300,6 +310,7 @@ BODIES: dict[str, Callable[[Model], str]] = {
     "attention": attention,
     "five_axes": five_axes,
     "unfolded": unfolded,
+    "dense": dense,
 }
 """Each ends in 8 channels."""
 

@@ -27,6 +27,7 @@ from mgq.graph.layer_graph import (
     Convolution,
     GlobalAverage,
     Graph,
+    JoinedNorm,
     Linear,
     MaxPool,
     Node,
@@ -170,6 +171,7 @@ class Writer:
             Convolution: self.write_convolution,
             Linear: self.write_linear,
             RowProduct: self.write_row_product,
+            JoinedNorm: self.write_joined_norm,
             Add: self.write_add,
             MaxPool: self.write_max_pool,
             GlobalAverage: self.write_average,
@@ -341,6 +343,15 @@ class Writer:
         value = self.add("MatMul", [read(source), weight], f"{name}/product")
         if bias is not None:
             value = self.add("Add", [value, self.constant(f"{name}/bias", bias)], f"{name}/sum")
+        self.finish(node, value)
+
+    def write_joined_norm(self, node: JoinedNorm) -> None:
+        name, kind = node.output, import_package("onnx").TensorProto.FLOAT
+        whole = self.add("Concat", [self.integers[source] for source in node.inputs], f"{name}/whole", axis=1)
+        value = self.add("Cast", [whole], f"{name}/counts", to=kind)
+        for operator, values in (("Mul", node.scale), ("Add", node.shift)):
+            constant = self.constant(f"{name}/{operator}/values", values.reshape(1, -1, 1, 1))
+            value = self.add(operator, [value, constant], f"{name}/{operator}")
         self.finish(node, value)
 
     def result(self, node: Node) -> str:

@@ -14,7 +14,7 @@ from mgq.engine.classifier.import_wish import ImportWish
 from mgq.engine.classifier.onnx_import import import_classifier
 from mgq.export.onnx.writer import model_of, plain_graph
 from mgq.graph.engine_forms import FORMS, adapt_to_engine, has_own_form, leave_small_layers_in_float, moves
-from mgq.graph.layer_graph import Graph, Node, Operation, QuantParams, WeightedNode, products_per_number
+from mgq.graph.layer_graph import Graph, JoinedNorm, Node, Operation, QuantParams, WeightedNode, products_per_number
 from mgq.ptq.quantize import quantize
 from mgq.quantization.modes import Mode
 from mgq.quantization.targets import ONNX
@@ -263,6 +263,26 @@ def test_activations_between_linear_layers_over_tokens_are_of_rows_too(
     saved(adapt_to_engine(graph, "any"), tmp_path / "products.onnx")
     whole, rows = (load(tmp_path / f"{name}.onnx", "onnxruntime").run(images) for name in ("convolutions", "products"))
     np.testing.assert_allclose(rows, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_for_openvino_norms_read_the_integers_of_what_is_joined(tmp_path: Path, graph_of_body: Any) -> None:
+    """DenseNet's parts were rounded anew for each join."""
+    graph, (images, wanted) = graph_of_body("dense")
+    joins = {node.output for node in graph.nodes if isinstance(node, Operation) and node.kind == "concat"}
+    formed = adapt_to_engine(graph, "openvino")
+    assert len(joins) == 2 and not joins & formed.grids.keys()
+    assert sum(isinstance(node, JoinedNorm) for node in formed.nodes) == 2
+    model = saved(formed, tmp_path / "openvino.onnx")
+    made = [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(made) == len(set(made))  # each tensor is rounded once
+    saved(adapt_to_engine(graph, "any"), tmp_path / "any.onnx")
+    own = {engine: load(tmp_path / "openvino.onnx", engine).run(images) for engine in ENGINES}
+    noises = [
+        float(((found - wanted) ** 2).sum())
+        for found in (own["openvino"], load(tmp_path / "any.onnx", "openvino").run(images))
+    ]
+    assert noises[0] < noises[1]
+    assert ((own["openvino"] - own["onnxruntime"]) ** 2).sum() < noises[0] / 100
 
 
 def test_for_openvino_products_read_integers_without_their_zero_point(tmp_path: Path, graph_of_body: Any) -> None:
