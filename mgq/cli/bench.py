@@ -211,13 +211,13 @@ class BenchCommand(ImportOptions):
         from mgq.io.atomic import atomic_output
 
         arch, files = self.arch or [], self.files or []
-        share_network = not files
+        share_network = False
         with contextlib.ExitStack() as stack:
             is_written = self.json_file not in (None, STDOUT)
             json_file = stack.enter_context(atomic_output(Path(str(self.json_file)))) if is_written else None
             image = stack.enter_context(atomic_output(check_plot_path(self.plot))) if self.plot is not None else None
             if self.checkpoint is not None or is_own(arch):
-                folder = stack.enter_context(temporary_folder())
+                folder, share_network = stack.enter_context(temporary_folder()), not files
                 arch, files = [], [*files, *files_of(arch, self.checkpoint, self.save, folder, wish, self.key)]
             report = run_benchmark(replace(self.settings(arch, files), share_network=share_network))
             if json_file is not None:
