@@ -262,7 +262,7 @@ FORMS: Mapping[str, Callable[[Graph], Graph]] = MappingProxyType(
         FOR_ONNXRUNTIME: for_onnxruntime,
     }
 )
-"""Key of an engine -> what changes a graph for it; ``any`` is no slower than float32 in each."""
+"""Key of an engine -> what changes a graph for it; ``any`` is what serves all of them best."""
 
 FIXED_BATCHES: Mapping[str, int] = MappingProxyType({FOR_OPENVINO: 1})
 """Key of an engine -> the pictures that its own file takes at a time, where it runs that sooner than one for any

@@ -76,6 +76,12 @@ class Convolution(WeightedNode):
     padding_end: tuple[int, int] | None = None  # below and to the right, where it is not ``padding``
     dilation: tuple[int, int] = (1, 1)
 
+    @property
+    def is_of_single_positions(self) -> bool:
+        """Whether each output is made of the channels at its own place alone."""
+        is_plain = self.weight.shape[2:] == (1, 1) and self.stride == (1, 1)
+        return is_plain and not any((*self.padding, *(self.padding_end or ())))
+
 
 @dataclass(frozen=True)
 class Linear(WeightedNode):

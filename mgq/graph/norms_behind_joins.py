@@ -45,9 +45,7 @@ def is_norm(node: Node, graph: Graph) -> bool:
         isinstance(node, Convolution)
         and node.integers is not None
         and node.groups == node.weight.shape[0] == graph.shapes[node.inputs[0]][1]
-        and node.weight.shape[2:] == (1, 1)
-        and node.stride == (1, 1)
-        and not any((*node.padding, *(node.padding_end or ())))
+        and node.is_of_single_positions
         and node.output in graph.grids
     )
 

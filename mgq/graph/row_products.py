@@ -74,7 +74,6 @@ def count_from_zero(graph: Graph) -> Graph:
 
     OpenVINO takes a zero point off in a kernel in front of the product, 2 % of the time of a small transformer.
     """
-
     products = {
         node.output: replace(node, counts_from_zero=True)
         for node in graph.nodes
@@ -103,8 +102,7 @@ def list_layers_over_tokens(
 def is_of_each_token(node: Layer) -> bool:
     if isinstance(node, Operation):
         return node.kind in ACTIVATIONS
-    is_plain = node.weight.shape[2:] == (1, 1) and node.groups == 1 and node.stride == (1, 1)
-    return is_plain and not any((*node.padding, *(node.padding_end or ()))) and node.activation is IDENTITY
+    return node.is_of_single_positions and node.groups == 1 and node.activation is IDENTITY
 
 
 def has_integers(node: Layer) -> bool:

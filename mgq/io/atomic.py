@@ -155,6 +155,12 @@ def write_text_atomically(path: Path, text: str) -> None:
     write_bytes_atomically(path, text.encode("utf-8"))
 
 
+def write_text_output(path: Path, text: str) -> None:
+    """As :func:`write_text_atomically`, for a file that a user names: see :func:`atomic_output`."""
+    with make_folder_for(path):
+        write_text_atomically(path, text)
+
+
 def put_in_place(temporary: Path, path: Path) -> None:
     """Syncs ``temporary``, renames it over ``path`` in the same folder, syncs the folder. Raises OSError."""
     _sync(temporary)

@@ -9,9 +9,10 @@ from pathlib import Path
 from mgq.engine.calibration.analysis import Analysis, format_decibels, format_points
 from mgq.engine.classifier.open import versions
 from mgq.errors import plural
+from mgq.io.atomic import write_text_output
 from mgq.ptq.sensitivity import EXACT, LayerSensitivity, Values
 from mgq.reports.drawings import Bar, Curve, Dot, Drawing, Line, Outline, Shape, Text
-from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Link, Table, render, write_html
+from mgq.reports.html import BLUE, GREEN, GREY, ORANGE, Link, Table, render
 
 MARKED = 10
 """The number of worst layers that are drawn in the colour of warning."""
@@ -21,8 +22,8 @@ STEP = 15.0
 
 
 def write_page(analysis: Analysis, path: Path) -> None:
-    """Write the page to ``path``. Raises as :func:`mgq.io.atomic.atomic_output` does."""
-    write_html(page_of(analysis), path)
+    """Write the page to ``path``. Raises as :func:`mgq.io.atomic.write_text_output` does."""
+    write_text_output(path, page_of(analysis))
 
 
 def page_of(analysis: Analysis) -> str:

@@ -21,6 +21,7 @@ from mgq.engine.classifier.network_options import NetworkOptions
 from mgq.engine.classifier.predict import ClassScore, best_scores
 from mgq.errors import InputError
 from mgq.events import OnProgress
+from mgq.io.atomic import write_text_output
 from mgq.io.download import sha256_of
 from mgq.reports.contents import FileReport, WrongAnswer, precision_of
 from mgq.reports.engine_rows import (
@@ -33,7 +34,7 @@ from mgq.reports.engine_rows import (
     with_answers,
 )
 from mgq.reports.file_page import page_of
-from mgq.reports.html import check_page_path, write_html
+from mgq.reports.html import check_page_path
 from mgq.reports.measurements import Measurements, crops_at, name_of, thumbnail_of
 from mgq.reports.report_options import ReportOptions
 from mgq.runtime.registry import BACKENDS, Backend
@@ -77,7 +78,7 @@ def report_file(path: Path, options: ReportOptions, on_progress: OnProgress) -> 
         command=options.command_for(path),
         page=page,
     )
-    write_html(page_of(result), page)
+    write_text_output(page, page_of(result))
     return result
 
 

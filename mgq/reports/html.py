@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from mgq.errors import InputError, printable
-from mgq.io.atomic import atomic_output, refuse_unwritable_folder
+from mgq.io.atomic import refuse_unwritable_folder
 
 # Okabe and Ito's colours, told apart by the colour-blind, too; in the dark their lighter sisters.
 BLUE, ORANGE, GREEN, GREY, RULE = "var(--blue)", "var(--orange)", "var(--green)", "var(--grey)", "var(--rule)"
@@ -79,9 +79,3 @@ def check_page_path(path: Path, option: str = "--html") -> Path:
     if path.is_dir():
         raise InputError(f"{option} {printable(path)} is a folder: give the name of a file")
     return path
-
-
-def write_html(text: str, path: Path) -> None:
-    """Make ``path`` hold the page ``text``. Raises as :func:`mgq.io.atomic.atomic_output` does."""
-    with atomic_output(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

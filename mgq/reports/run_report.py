@@ -12,11 +12,12 @@ from mgq.engine.classifier.onnx_import import refuse_other_import
 from mgq.engine.classifier.open import versions
 from mgq.errors import InputError, plural, printable
 from mgq.events import OnProgress, log_progress
+from mgq.io.atomic import write_text_output
 from mgq.reports.backend_comparison import SHOWN as ENGINES
 from mgq.reports.backend_comparison import compare_backends
 from mgq.reports.contents import Report
 from mgq.reports.finished_run import Run, find_float_weights, find_run, float_metrics, images_of
-from mgq.reports.html import check_page_path, write_html
+from mgq.reports.html import check_page_path
 from mgq.reports.report_options import ReportOptions
 from mgq.reports.report_page import page_of
 from mgq.reports.run_predictions import measure_networks, networks_of
@@ -73,7 +74,7 @@ def report_run(options: ReportOptions, on_progress: OnProgress = log_progress) -
         command=options.command_for(run.path),
         page=page,
     )
-    write_html(page_of(result), page)
+    write_text_output(page, page_of(result))
     return result
 
 

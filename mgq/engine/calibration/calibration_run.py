@@ -23,7 +23,7 @@ from mgq.engine.runs.provenance import listing_of, this_process
 from mgq.engine.runs.run_folder import RunFolder
 from mgq.errors import InputError, plural
 from mgq.events import NO_CALLBACKS, Callbacks, OnMessage, OnProgress, Progress, log_message, log_progress
-from mgq.io.atomic import atomic_output
+from mgq.io.atomic import write_text_output
 from mgq.io.download import sha256_of
 from mgq.ptq.calibrate import calibrate_network, find_best_network
 from mgq.ptq.pipeline import HELD_SHARE, MOST_HELD, SearchResult
@@ -72,8 +72,7 @@ class Calibration:
             return run.checkpoint
 
     def write_ranges(self, path: Path) -> None:
-        with atomic_output(path) as temporary:
-            temporary.write_text(self.ranges.to_json(), encoding="utf-8")
+        write_text_output(path, self.ranges.to_json())
 
 
 def calibrate(
